@@ -1,0 +1,19 @@
+"""ltkernels: density and score kernels for learning on long-tailed data with diffusion models."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .backends import backend, build_info
+from .bank import Bank
+from .knn_kde import KDE, Neighbors, knn, knn_bandwidth, knn_kde_grad
+
+try:
+    __version__ = version("ltkernels")
+except PackageNotFoundError:  # imported from a checkout that was never installed
+    __version__ = "0+checkout"
+
+_checkout = Path(__file__).resolve().parents[1]
+if (_checkout / "csrc").is_dir():
+    __path__.append(str(_checkout))  # ltkernels.training lies beside ltkernels/ there, in it once installed
+
+__all__ = ["KDE", "Bank", "Neighbors", "backend", "build_info", "knn", "knn_bandwidth", "knn_kde_grad"]

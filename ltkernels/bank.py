@@ -1,0 +1,180 @@
+"""A set of points prepared once for many searches."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import _arrays
+from .backends import _FLOATS
+
+
+class Bank:
+    r"""Points to search in, prepared once: their mean, the centred float32 copy and its norms that the filters of the kernels read.
+
+    Args:
+        points: (N, d) floating-point tensor, NumPy array or memmap, DLPack array, or the path of a .safetensors file with a tensor
+            `points` (and optionally `log_weight`). The memory is shared, not copied; call `update` after changing it in place.
+        log_weight: (N,) logarithm of non-negative weights, -inf to leave a row out of densities. Only ratios matter: densities
+            use weights of mean 1, so that equal weights change nothing.
+
+    Attributes:
+        points (N, d), log_weight (N,) as given or None, centre (d,), centred (N, d), sqnorm (N,).
+
+    A search of the bank in itself (`self_index=True`) leaves its k-th distances here. After `update` they are still upper bounds, by
+    the triangle inequality, once the way each row has moved is added; the next search starts from them. They never change an answer.
+
+    Memory beyond the points: N * d * 4 bytes. Preparing reads the points a few times; it takes no gradient.
+
+    Raises:
+        TypeError, ValueError: not a floating-point matrix, log_weight of another length, NaN or +inf in log_weight.
+
+    Example:
+        >>> bank = Bank(torch.randn(10_000, 64))
+        >>> knn_kde_grad(torch.randn(5, 64), bank, k=64, bandwidth=1.0).log_density.shape
+        torch.Size([5])
+    """
+
+    def __init__(self, points, *, log_weight=None):
+        if isinstance(points, (str, os.PathLike)):
+            points, stored = _read(Path(points))
+            log_weight = stored if log_weight is None else log_weight
+        points = _arrays.matrix("Bank", "points", points)
+        if len(points) == 0:
+            raise ValueError(f"Bank: expected at least one point; got shape {tuple(points.shape)}")
+        self.points = points
+        self.log_weight = None if log_weight is None else _checked_weight(log_weight, points)
+        self.centre, self.centred, self.sqnorm = _prepare(points)
+        self._warm_k = 0
+        self._warm_radius: Tensor | None = None  # (N,) upper bounds of the distance to each row's _warm_k-th neighbour but itself
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __repr__(self) -> str:
+        n, d = self.points.shape
+        weighted = "" if self.log_weight is None else ", weighted"
+        return f"Bank({n} points, {d} dimensions, {self.points.dtype}, {self.points.device}{weighted})"
+
+    def update(self, points) -> "Bank":
+        """Replace the points by others of the same shape, dtype and device: a refresh of the same rows. Returns self."""
+        points = _arrays.matrix("Bank.update", "points", points)
+        for name in ("shape", "dtype", "device"):
+            old, new = (tuple(x.shape) if name == "shape" else getattr(x, name) for x in (self.points, points))
+            if old != new:
+                raise ValueError(f"Bank.update: expected points of the same {name} as before, {old}; got {new}")
+        previous_centre, previous = self.centre, self.centred
+        unknown = ~torch.isfinite(self.sqnorm)
+        self.points = points
+        self.centre, self.centred, self.sqnorm = _prepare(points)
+        if self._warm_radius is not None:
+            self._warm_radius = _moved_bound(
+                self._warm_radius, previous, self.centred, previous_centre - self.centre, unknown | ~torch.isfinite(self.sqnorm)
+            )
+        return self
+
+    def save(self, path) -> None:
+        """Write points and log_weight to a .safetensors file: a temporary file first, then renamed."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        tensors = {"points": self.points.detach().contiguous()}
+        if self.log_weight is not None:
+            tensors["log_weight"] = self.log_weight.detach().contiguous()
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(tensors, temporary)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path) -> "Bank":
+        """Read what `save` wrote."""
+        return cls(Path(path))
+
+    def _mean_one_log_weight(self) -> Tensor | None:
+        if self.log_weight is None:
+            return None
+        return self.log_weight - (self.log_weight.logsumexp(0) - math.log(len(self)))
+
+    def _bound(self, queries: Tensor, k: int) -> Tensor | None:
+        if self._warm_radius is None or k > self._warm_k or not _same_memory(queries, self.points):
+            return None
+        # f and the radius carry relative errors of about 1e-6; a bound below the true value would lose neighbours
+        return (self._warm_radius * (1 + 1e-5)).square()
+
+    def _remember(self, queries: Tensor, k: int, sqdist: Tensor) -> None:
+        if torch.compiler.is_compiling() or not _same_memory(queries, self.points):
+            return
+        if k >= self._warm_k:
+            self._warm_k, self._warm_radius = k, sqdist.detach()[:, -1].sqrt().nan_to_num_(nan=math.inf, posinf=math.inf)
+
+
+def as_bank(op: str, bank) -> Bank:
+    if isinstance(bank, Bank):
+        return bank
+    if isinstance(bank, (str, os.PathLike)):
+        return Bank(bank)
+    points = _arrays.matrix(op, "bank", bank)
+    if len(points) == 0:
+        raise ValueError(f"{op}: expected a bank of at least one point; got shape {tuple(points.shape)}")
+    return Bank(points)
+
+
+def _prepare(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.ltkernels.bank_prepare(points.detach())
+
+
+def _moved_bound(radius: Tensor, old: Tensor, new: Tensor, centre_shift: Tensor, unknown: Tensor) -> Tensor:
+    """radius_i + |move of row i| + largest move of any row; inf as soon as one row's way is unknown.
+
+    The way is taken from the centred copies. They are rounded to float32, which the last term pays for.
+    """
+    way = torch.empty_like(radius)
+    for rows in torch.arange(len(radius), device=radius.device).split(1 << 16):
+        step = new[rows].double() - old[rows].double() - centre_shift.double()
+        way[rows] = step.norm(dim=1).to(way.dtype)
+    rounding = 2.0**-22 * (old.abs().amax() + new.abs().amax() + centre_shift.abs().amax()) * math.sqrt(new.shape[1])
+    way = (way + rounding).masked_fill(unknown, math.inf)
+    return radius + way + way.max()
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype)
+
+
+def _checked_weight(log_weight, points: Tensor) -> Tensor:
+    log_weight = _arrays.tensor("Bank", "log_weight", log_weight)
+    if log_weight.shape != points.shape[:1]:
+        expected = f"one entry per point, shape ({len(points)},)"
+        raise ValueError(f"Bank: expected log_weight with {expected}; got {tuple(log_weight.shape)}")
+    if not log_weight.is_floating_point():
+        raise TypeError(f"Bank: expected log_weight in a floating-point dtype; got {log_weight.dtype}")
+    if log_weight.device != points.device:
+        raise ValueError(f"Bank: expected log_weight on the device of the points, {points.device}; got {log_weight.device}")
+    log_weight = log_weight.to(torch.float32 if points.dtype in _FLOATS else torch.float64)
+    if not torch.compiler.is_compiling():
+        total = log_weight.detach().logsumexp(0).item()
+        if not math.isfinite(total):
+            raise ValueError(f"Bank: expected log_weight below infinity with at least one finite entry; its logsumexp is {total}")
+    return log_weight
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor | None]:
+    if path.suffix != ".safetensors":
+        raise ValueError(f"Bank: expected a .safetensors file; got {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"Bank: no such file: {path}")
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError("Bank: reading .safetensors needs the package safetensors (pip install safetensors)") from error
+    try:
+        file = safe_open(path, framework="pt")
+    except Exception as error:  # the package has an error class of its own, which is no OSError or ValueError
+        raise ValueError(f"Bank: expected a .safetensors file; {path} is none: {error}") from error
+    with file:
+        keys = sorted(file.keys())
+        if "points" not in keys:
+            raise ValueError(f"Bank: expected a tensor named 'points' in {path}; it has {keys}")
+        return file.get_tensor("points"), file.get_tensor("log_weight") if "log_weight" in keys else None

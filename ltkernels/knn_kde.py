@@ -1,0 +1,396 @@
+"""Truncated k-nearest-neighbour kernel density, its score, and the search behind them."""
+
+import math
+from numbers import Integral, Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _arrays, reference
+from .bank import Bank, as_bank
+
+_KERNEL_NORMS = ("peak", "density")
+_RULES = ("knn-median", "scott")
+
+
+class Neighbors(NamedTuple):
+    """sqdist (Q, k) ascending, index (Q, k) int64 rows of the bank."""
+
+    sqdist: Tensor
+    index: Tensor
+
+
+class KDE(NamedTuple):
+    """What knn_kde_grad answers; the properties are derived from the fields when read."""
+
+    log_density: Tensor  # (Q,)
+    score: Tensor  # (Q, d)  d log p / d query
+    index: Tensor  # (Q, k)
+    sqdist: Tensor  # (Q, k)
+    truncation: Tensor  # (Q,)
+
+    @property
+    def density(self):
+        """(Q,) p. It underflows where log_density does not: prefer the logarithm."""
+        return _arrays.in_kind(self.log_density)(_tensor(self.log_density).exp())
+
+    @property
+    def density_grad(self):
+        """(Q, d) dp / d query = p * score."""
+        return _arrays.in_kind(self.log_density)(_tensor(self.log_density).exp()[:, None] * _tensor(self.score))
+
+    def potential(self, rho: float):
+        """(U (Q,), dU / d query (Q, d)) of U = -log(p + rho) in log domain; rho >= 0 bounds the gradient far away.   (000: A.4, A.5)"""
+        if not (isinstance(rho, Real) and 0 <= rho < math.inf):
+            raise ValueError(f"KDE.potential: rho must be a finite number >= 0; got {rho!r}")
+        log_density, score, back = _tensor(self.log_density), _tensor(self.score), _arrays.in_kind(self.log_density)
+        if rho == 0:
+            return back(-log_density), back(-score)
+        log_rho = torch.full_like(log_density, math.log(rho))
+        return back(-torch.logaddexp(log_density, log_rho)), back(-torch.sigmoid(log_density - log_rho)[:, None] * score)
+
+
+def knn(queries, bank, k: int, *, self_index=None) -> Neighbors:
+    r"""The k nearest rows of the bank for every query, by squared Euclidean distance.
+
+    Args:
+        queries: (Q, d) in float16, bfloat16, float32 or float64; any strides; Q may be 0.
+        bank: Bank, or (N, d) points of the same dtype and device.
+        k: 1 <= k <= N; at most 256 on the cuda and triton backends, where d is at most 4096.
+        self_index: rows to leave out. True: query i is row i of the bank, by position (needs Q = N and k <= N - 1).
+            (Q,) int64: the row of the bank to skip for each query, -1 for none.
+
+    Returns:
+        Neighbors(sqdist (Q, k), index (Q, k)). sqdist is float32 (float64 for float64 inputs), a sum of direct differences, ascending;
+        equal values are ordered by index, also at the k-th place. Both are the same, bit by bit, in every run on a backend and
+        machine, for any number of threads and any split of the queries.
+
+    A row of the bank with NaN or inf is infinitely far. A query with NaN or inf answers NaN distances.
+    sqdist is differentiable once in queries and points; the choice of neighbours is constant.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype, device, k or self_index. RuntimeError: no backend for the device.
+
+    Example:
+        >>> sqdist, index = knn(torch.randn(5, 8), torch.randn(100, 8), k=3)
+    """
+    kind = _arrays.in_kind(queries)
+    queries, bank, self_rows, bound = _checked("knn", queries, bank, k, self_index)
+    sqdist, index = torch.ops.ltkernels.knn(
+        queries, bank.points, bank.centre, bank.centred, bank.sqnorm, self_rows, bound, k
+    )
+    if self_index is True:
+        bank._remember(queries, k, sqdist)
+    return Neighbors(kind(sqdist), kind(index))
+
+
+def knn_kde_grad(queries, bank, k: int = 64, *, bandwidth, self_index=None, kernel_norm: str = "peak") -> KDE:
+    r"""Log-density of a Gaussian kernel density estimate over the k nearest points, and its gradient (the score).
+
+    log p(q) = log 1/k sum_{i in kNN(q)} w_i K_h(q - z_i),   K_h(r) = exp(-|r|^2 / 2 h^2)
+    score(q) = d log p / dq = sum_i softmax_i(log w_i - |q - z_i|^2 / 2 h^2) (z_i - q) / h^2        (000: A.13, A.14)
+
+    Args:
+        queries: (Q, d) in float16, bfloat16, float32 or float64; any strides; Q may be 0.
+        bank: Bank (with optional weights of mean 1), or (N, d) points of the same dtype and device.
+        k: neighbours kept, 1 <= k <= N; at most 256 on the cuda and triton backends, where d is at most 4096.
+        bandwidth: h > 0 in units of the data: a number, a 0-dim tensor, or (Q,). `knn_bandwidth` proposes one.
+        self_index: rows to leave out, e.g. True for leave-one-out densities of the bank itself; see `knn`.
+        kernel_norm: "peak": kernels of height 1, so log p <= max log w. "density": kernels of mass 1, so that k = N is the ordinary
+            kernel density estimate.
+
+    Returns:
+        KDE(log_density (Q,), score (Q, d), index (Q, k), sqdist (Q, k), truncation (Q,)), float32 (float64 for float64 inputs).
+        truncation bounds what the dropped points could add: log(S_N / S_k) <= log1p(exp(truncation)), S the sum over N or k points.
+
+    Deterministic, see `knn`. Extra memory O(Q k), never Q x N. Differentiable: log_density and score any number of times in queries;
+    log_density and sqdist once in the bank's points, log_density in its log_weight. Neighbours are constants. Everything else raises.
+    A query with NaN or inf answers NaN; a query infinitely far from all neighbours answers log_density -inf and score NaN.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype, device, k, bandwidth, self_index or kernel_norm. RuntimeError: no backend.
+
+    Example:
+        >>> points = torch.randn(1000, 16)
+        >>> kde = knn_kde_grad(points, points, 64, bandwidth=knn_bandwidth(points), self_index=True)
+        >>> uphill = points + 0.1 * kde.score
+    """
+    op = "knn_kde_grad"
+    if kernel_norm not in _KERNEL_NORMS:
+        raise ValueError(f"{op}: kernel_norm must be one of {', '.join(_KERNEL_NORMS)}; got {kernel_norm!r}")
+    kind = _arrays.in_kind(queries)
+    queries, bank, self_rows, bound = _checked(op, queries, bank, k, self_index)
+    h = _bandwidth_rows(op, bandwidth, queries)
+    log_weight = bank._mean_one_log_weight()
+    log_density, score, sqdist, index = torch.ops.ltkernels.knn_kde(
+        queries, bank.points, bank.centre, bank.centred, bank.sqnorm, self_rows, bound, k, h, log_weight
+    )
+    if self_index is True:
+        bank._remember(queries, k, sqdist)
+    truncation = _truncation(sqdist, index, h, log_weight, len(bank), self_rows)
+    if kernel_norm == "density":
+        log_density = log_density - 0.5 * queries.shape[1] * (math.log(2 * math.pi) + 2 * h.log())
+    return KDE(*(kind(x) for x in (log_density, score, index, sqdist, truncation)))
+
+
+def knn_bandwidth(bank, k: int = 64, rule: str = "knn-median") -> Tensor:
+    r"""A bandwidth for `knn_kde_grad`, in units of the data, as a 0-dim tensor.
+
+    rule "knn-median": median over the bank's rows of the distance to the k-th nearest other row (000 gives no rule; ours).
+    rule "scott": N^(-1/(d+4)) times the root of the mean variance of the columns (Scott 1992), k is not used.
+    Rows with NaN or inf do not count. No gradient.
+
+    Raises:
+        ValueError: unknown rule, k outside [1, N - 1], no finite row, or a bandwidth of 0 (more than k exact copies of most rows).
+    """
+    op = "knn_bandwidth"
+    if rule not in _RULES:
+        raise ValueError(f"{op}: rule must be one of {', '.join(_RULES)}; got {rule!r}")
+    kind = _arrays.in_kind(bank.points if isinstance(bank, Bank) else bank)
+    bank = as_bank(op, bank)
+    with torch.no_grad():
+        if rule == "scott":
+            finite = torch.isfinite(bank.sqnorm)
+            n, d = int(finite.sum()), bank.points.shape[1]
+            variance = (bank.sqnorm.double() * finite).nan_to_num_(posinf=0).sum() / (max(n - 1, 1) * d)
+            h = (variance.sqrt() * n ** (-1 / (d + 4)) if n else variance * math.nan).to(_answer_dtype(bank.points))
+        else:
+            points, bank, self_rows, bound = _checked(op, bank.points, bank, k, True)
+            sqdist, _ = torch.ops.ltkernels.knn(
+                points, bank.points, bank.centre, bank.centred, bank.sqnorm, self_rows, bound, k
+            )
+            bank._remember(points, k, sqdist)
+            radius = sqdist[:, -1].sqrt()
+            radius = radius[torch.isfinite(radius)].sort().values
+            h = (radius[(len(radius) - 1) // 2] + radius[len(radius) // 2]) / 2 if len(radius) else radius.new_tensor(math.nan)
+    if not h > 0:
+        raise ValueError(f"{op}: rule {rule!r} gives {h.item()}; the bank has too few finite or too many identical rows; name a bandwidth")
+    return kind(h)
+
+
+def _tensor(x) -> Tensor:
+    return _arrays.tensor("KDE", "field", x)
+
+
+def _answer_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _checked(op: str, queries, bank, k, self_index) -> tuple[Tensor, Bank, Tensor | None, Tensor | None]:
+    """Validated queries, bank, rows to skip and warm bound: every error a caller can make in a search is raised here."""
+    queries = _arrays.matrix(op, "queries", queries)
+    bank = as_bank(op, bank)
+    points = bank.points
+    if queries.shape[1] != points.shape[1]:
+        raise ValueError(
+            f"{op}: expected queries and bank with the same number of columns; got {tuple(queries.shape)} and {tuple(points.shape)}"
+        )
+    if queries.device != points.device:
+        raise ValueError(f"{op}: expected queries and bank on one device; got {queries.device} and {points.device}")
+    if queries.dtype != points.dtype:
+        if not torch.is_autocast_enabled(queries.device.type):
+            raise TypeError(f"{op}: expected queries and bank of one dtype; got {queries.dtype} and {points.dtype}")
+        queries = queries.to(points.dtype)  # the bank is the large one: autocast must not copy it
+    n = len(points)
+    if isinstance(k, bool) or not isinstance(k, (Integral, torch.SymInt)):
+        raise TypeError(f"{op}: k must be an int; got {type(k).__name__}")
+    if not 1 <= k <= n:
+        raise ValueError(f"{op}: k must be in [1, N]; got k={k} with N={n}")
+    if self_index is None or self_index is False:
+        return queries, bank, None, None
+    if self_index is True:
+        if len(queries) != n:
+            raise ValueError(f"{op}: self_index=True needs as many queries as points; got Q={len(queries)} and N={n}")
+        rows, bound = torch.arange(n, device=queries.device), bank._bound(queries, k)
+    else:
+        rows, bound = _self_rows(op, self_index, queries, n), None
+    if k == n and (self_index is True or bool((rows >= 0).any())):
+        raise ValueError(f"{op}: k must be in [1, N-1] where self_index leaves a row out; got k={k} with N={n}")
+    return queries, bank, rows, bound
+
+
+def _self_rows(op: str, self_index, queries: Tensor, n: int) -> Tensor:
+    rows = _arrays.tensor(op, "self_index", self_index)
+    if rows.dtype != torch.int64 or rows.shape != queries.shape[:1]:
+        expected = f"True or an int64 tensor of shape ({len(queries)},)"
+        raise ValueError(f"{op}: expected self_index as {expected}; got {rows.dtype} of shape {tuple(rows.shape)}")
+    if rows.device != queries.device:
+        raise ValueError(f"{op}: expected self_index on the device of the queries, {queries.device}; got {rows.device}")
+    if not torch.compiler.is_compiling() and bool(((rows < -1) | (rows >= n)).any()):
+        raise ValueError(f"{op}: self_index must be in [-1, N); got {rows.min().item()} .. {rows.max().item()} with N={n}")
+    return rows.contiguous()
+
+
+def _bandwidth_rows(op: str, bandwidth, queries: Tensor) -> Tensor:
+    """(Q,) in the dtype of the answers."""
+    dtype = _answer_dtype(queries)
+    if isinstance(bandwidth, Real) and not isinstance(bandwidth, bool):
+        if not 0 < bandwidth < math.inf:
+            raise ValueError(f"{op}: bandwidth must be positive and finite; got {bandwidth}")
+        return torch.full((len(queries),), float(bandwidth), dtype=dtype, device=queries.device)
+    try:
+        h = _arrays.tensor(op, "bandwidth", bandwidth)
+    except TypeError:
+        raise TypeError(f"{op}: bandwidth must be a number, a 0-dim tensor or (Q,); got {type(bandwidth).__name__}") from None
+    if h.dim() > 1 or (h.dim() == 1 and len(h) != len(queries)):
+        raise ValueError(f"{op}: bandwidth must be a number, a 0-dim tensor or (Q,); got shape {tuple(h.shape)} with Q={len(queries)}")
+    if not h.is_floating_point():
+        raise TypeError(f"{op}: bandwidth must be in a floating-point dtype; got {h.dtype}")
+    if h.device != queries.device and h.dim() == 1:
+        raise ValueError(f"{op}: expected bandwidth on the device of the queries, {queries.device}; got {h.device}")
+    if not torch.compiler.is_compiling() and not bool(((h > 0) & torch.isfinite(h)).all()):
+        wrong = h.flatten()[~((h > 0) & torch.isfinite(h)).flatten()][0].item()
+        raise ValueError(f"{op}: bandwidth must be positive and finite; got {wrong}")
+    if h.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{op}: no derivative in bandwidth; pass bandwidth.detach()")
+    return h.to(device=queries.device, dtype=dtype).expand(len(queries)).contiguous()
+
+
+@torch.no_grad()
+def _truncation(sqdist, index, h, log_weight: Tensor | None, n: int, self_rows: Tensor | None) -> Tensor:
+    """log(rest * exp(-r_k^2 / 2h^2) / S_k), rest the weight of the points that were dropped: N - k without weights."""
+    k = index.shape[1]
+    skips = torch.zeros_like(h, dtype=torch.bool) if self_rows is None else self_rows >= 0
+    rest = n - k - skips.double()
+    if log_weight is not None:
+        weight = log_weight.double().exp()
+        skipped = 0 if self_rows is None else torch.where(skips, weight[self_rows.clamp(min=0)], 0)
+        rest = torch.where(rest > 0, (weight.sum() - weight[index].sum(1) - skipped).clamp(min=0), 0)
+    log_kept = torch.logsumexp(reference.kernel_logits(sqdist, index, h, log_weight), 1)
+    log_last = -sqdist[:, -1] / (2 * h.square())
+    rounding = 8 * torch.finfo(h.dtype).eps * (1 + log_last.abs() + log_kept.abs())  # a bound must not fail in its last bit
+    return rest.log().to(h.dtype) + log_last - log_kept + rounding
+
+
+@torch.library.register_fake("ltkernels::bank_prepare")
+def _(points):
+    n, d = points.shape
+    return tuple(points.new_empty(shape, dtype=torch.float32) for shape in ((d,), (n, d), (n,)))
+
+
+@torch.library.register_fake("ltkernels::knn")
+def _(queries, points, centre, centred, sqnorm, self_index, bound, k):
+    sqdist = queries.new_empty((len(queries), k), dtype=_answer_dtype(queries))
+    return sqdist, torch.empty_like(sqdist, dtype=torch.int64)
+
+
+@torch.library.register_fake("ltkernels::knn_kde")
+def _(queries, points, centre, centred, sqnorm, self_index, bound, k, bandwidth, log_weight):
+    log_density = queries.new_empty(len(queries), dtype=_answer_dtype(queries))
+    sqdist = log_density.new_empty((len(queries), k))
+    return log_density, log_density.new_empty(queries.shape), sqdist, torch.empty_like(sqdist, dtype=torch.int64)
+
+
+@torch.library.register_fake("ltkernels::diff_sum")
+def _(queries, points, index, coefficient):
+    return torch.empty_like(queries, dtype=_answer_dtype(queries), memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("ltkernels::diff_dot")
+def _(queries, points, index, vector):
+    return queries.new_empty(index.shape, dtype=_answer_dtype(queries))
+
+
+@torch.library.register_fake("ltkernels::diff_scatter")
+def _(queries, points, index, coefficient):
+    return torch.empty_like(points, dtype=_answer_dtype(points), memory_format=torch.contiguous_format)
+
+
+# Derivatives. With the neighbours constant and w_i = softmax_i(log w_i - r_i^2 / 2h^2), every derivative in the queries is made of two
+# sums over direct differences, each bilinear and the other's adjoint: diff_sum(c) = sum_i c_i (z_i - q), diff_dot(v)_i = (z_i - q).v
+#   d log p        = score . dq
+#   d (score . v)  = [diff_sum(w_i (diff_dot(v)_i / h^2 - score . v) / h^2) - v / h^2] . dq        (the Hessian-vector product)
+# so the formulas below differentiate to any order; derivatives in the points exist once and then raise.
+
+
+def _setup_knn(ctx, inputs, output):
+    queries, points, *_ = inputs
+    ctx.save_for_backward(queries, points, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_knn(ctx, grad_sqdist, _):
+    queries, points, index = ctx.saved_tensors
+    grad_queries = grad_points = None
+    if grad_sqdist is not None:
+        if ctx.needs_input_grad[0]:
+            grad_queries = torch.ops.ltkernels.diff_sum(queries, points, index, -2 * grad_sqdist).to(queries.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_points = torch.ops.ltkernels.diff_scatter(queries, points, index, 2 * grad_sqdist).to(points.dtype)
+    return grad_queries, grad_points, None, None, None, None, None, None
+
+
+def _setup_knn_kde(ctx, inputs, output):
+    queries, points, bandwidth, log_weight = inputs[0], inputs[1], inputs[8], inputs[9]
+    ctx.save_for_backward(queries, points, bandwidth, log_weight, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_knn_kde(ctx, grad_log_density, grad_score, grad_sqdist, _):
+    queries, points, bandwidth, log_weight, score, sqdist, index = ctx.saved_tensors
+    need_queries, need_points, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[9]
+    if grad_score is not None and (need_points or need_weight):
+        raise NotImplementedError("knn_kde_grad: score is differentiable in queries only; detach the bank's points and log_weight")
+    diff_sum, diff_dot, diff_scatter = (getattr(torch.ops.ltkernels, f"diff_{name}") for name in ("sum", "dot", "scatter"))
+    inverse = bandwidth[:, None].square().reciprocal()  # 1 / h^2
+    weight = torch.softmax(reference.kernel_logits(sqdist, index, bandwidth, log_weight), 1)
+    grad_queries = grad_points = grad_weight = None
+
+    coefficient = None  # of (z_i - q) in grad_queries: what comes from sqdist and from score
+    if need_queries:
+        grad_queries = torch.zeros_like(score)
+        if grad_log_density is not None:
+            grad_queries = grad_queries + grad_log_density[:, None] * score
+        if grad_sqdist is not None:
+            coefficient = -2 * grad_sqdist
+        if grad_score is not None:
+            along = diff_dot(queries, points, index, grad_score) * inverse - (score * grad_score).sum(1, keepdim=True)
+            curvature = weight * along * inverse
+            coefficient = curvature if coefficient is None else coefficient + curvature
+            grad_queries = grad_queries - grad_score * inverse
+        if coefficient is not None:
+            grad_queries = grad_queries + diff_sum(queries, points, index, coefficient)
+        grad_queries = grad_queries.to(queries.dtype)
+    if need_points and (grad_log_density is not None or grad_sqdist is not None):
+        coefficient = 0 if grad_sqdist is None else 2 * grad_sqdist
+        if grad_log_density is not None:
+            coefficient = coefficient - grad_log_density[:, None] * weight * inverse
+        grad_points = diff_scatter(queries, points, index, coefficient).to(points.dtype)
+    if need_weight and grad_log_density is not None:
+        rows = (grad_log_density[:, None] * weight).flatten()
+        grad_weight = reference.scatter_add(torch.zeros_like(log_weight), index.flatten(), rows)
+    return grad_queries, grad_points, None, None, None, None, None, None, None, grad_weight
+
+
+def _setup_diff(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_diff_sum(ctx, grad):
+    queries, points, index, coefficient = ctx.saved_tensors
+    if ctx.needs_input_grad[1]:
+        raise NotImplementedError("knn_kde_grad: second derivatives in the bank's points are not implemented; detach the bank")
+    grad_queries = (-coefficient.sum(1, keepdim=True) * grad).to(queries.dtype) if ctx.needs_input_grad[0] else None
+    grad_coefficient = torch.ops.ltkernels.diff_dot(queries, points, index, grad) if ctx.needs_input_grad[3] else None
+    return grad_queries, None, None, grad_coefficient
+
+
+def _backward_diff_dot(ctx, grad):
+    queries, points, index, vector = ctx.saved_tensors
+    if ctx.needs_input_grad[1]:
+        raise NotImplementedError("knn_kde_grad: second derivatives in the bank's points are not implemented; detach the bank")
+    grad_queries = (-grad.sum(1, keepdim=True) * vector).to(queries.dtype) if ctx.needs_input_grad[0] else None
+    grad_vector = torch.ops.ltkernels.diff_sum(queries, points, index, grad) if ctx.needs_input_grad[3] else None
+    return grad_queries, None, None, grad_vector
+
+
+def _backward_diff_scatter(ctx, grad):
+    raise NotImplementedError("knn_kde_grad: the derivative in the bank's points is differentiable no further")
+
+
+torch.library.register_autograd("ltkernels::knn", _backward_knn, setup_context=_setup_knn)
+torch.library.register_autograd("ltkernels::knn_kde", _backward_knn_kde, setup_context=_setup_knn_kde)
+torch.library.register_autograd("ltkernels::diff_sum", _backward_diff_sum, setup_context=_setup_diff)
+torch.library.register_autograd("ltkernels::diff_dot", _backward_diff_dot, setup_context=_setup_diff)
+torch.library.register_autograd("ltkernels::diff_scatter", _backward_diff_scatter, setup_context=_setup_diff)

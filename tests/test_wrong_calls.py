@@ -1,0 +1,186 @@
+"""Every mistake a caller can make is answered by an error that names the op, what was expected and what was given."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import ltkernels
+from ltkernels import Bank, knn, knn_bandwidth, knn_kde_grad
+
+Q, X = torch.zeros(5, 3), torch.zeros(32, 3)
+BANK = Bank(X)
+
+
+def kde(queries=Q, bank=X, k=4, **kwargs):
+    return knn_kde_grad(queries, bank, k, **{"bandwidth": 1.0, **kwargs})
+
+
+WRONG = {
+    # shapes
+    "queries of one dimension": (lambda: kde(Q[0]), ValueError, "knn_kde_grad: expected queries with 2 dimensions .* got shape (3,)"),
+    "queries of three dimensions": (
+        lambda: knn(Q[None], X, 4),
+        ValueError,
+        "knn: expected queries with 2 dimensions .* got shape (1, 5, 3)",
+    ),
+    "bank of one dimension": (lambda: kde(bank=X[0]), ValueError, "knn_kde_grad: expected bank with 2 dimensions .* got shape (3,)"),
+    "bank without rows": (lambda: kde(bank=X[:0]), ValueError, "knn_kde_grad: expected a bank of at least one point; got shape (0, 3)"),
+    "no columns": (lambda: knn(Q[:, :0], X[:, :0], 4), ValueError, "knn: expected queries with at least one column; got shape (5, 0)"),
+    "columns differ": (lambda: kde(Q[:, :2]), ValueError, "knn_kde_grad: expected .* same number of columns; got (5, 2) and (32, 3)"),
+    # dtypes and kinds
+    "integer queries": (lambda: kde(Q.long()), TypeError, "knn_kde_grad: expected queries in float16, .* got torch.int64"),
+    "complex bank": (lambda: Bank(X.cfloat()), TypeError, "Bank: expected points in float16, .* got torch.complex64"),
+    "mixed dtypes": (lambda: kde(Q.double()), TypeError, "knn_kde_grad: expected .* of one dtype; got torch.float64 and torch.float32"),
+    "half queries, single bank": (
+        lambda: knn(Q.half(), BANK, 4),
+        TypeError,
+        "knn: expected .* one dtype; got torch.float16 and torch.float32",
+    ),
+    "NumPy float64 against float32": (lambda: kde(Q.double().numpy()), TypeError, "knn_kde_grad: .* got torch.float64 and torch.float32"),
+    "a list": (lambda: kde([[0.0, 0, 0]]), TypeError, "knn_kde_grad: expected queries as a torch tensor or an array .* got list"),
+    "a string for the queries": (lambda: kde("zero"), TypeError, "knn_kde_grad: expected queries as a torch tensor .* got str"),
+    "None for the bank": (lambda: kde(bank=None), TypeError, "knn_kde_grad: expected bank as a torch tensor .* got NoneType"),
+    "array of objects": (lambda: knn(np.array([["a"]]), X, 4), TypeError, "knn: expected queries as a numeric array .* got dtype <U1"),
+    # devices
+    "devices differ": (lambda: kde(Q.to("meta")), ValueError, "knn_kde_grad: expected .* on one device; got meta and cpu"),
+    "self_index elsewhere": (
+        lambda: kde(self_index=torch.zeros(5, dtype=torch.int64, device="meta")),
+        ValueError,
+        "knn_kde_grad: expected self_index on the device of the queries, cpu; got meta",
+    ),
+    "bandwidth elsewhere": (
+        lambda: kde(bandwidth=torch.ones(5, device="meta")),
+        ValueError,
+        "knn_kde_grad: expected bandwidth on the device of the queries, cpu; got meta",
+    ),
+    # k
+    "k = 0": (lambda: kde(k=0), ValueError, "knn_kde_grad: k must be in [1, N]; got k=0 with N=32"),
+    "k < 0": (lambda: knn(Q, X, -3), ValueError, "knn: k must be in [1, N]; got k=-3 with N=32"),
+    "k > N": (lambda: kde(k=50), ValueError, "knn_kde_grad: k must be in [1, N]; got k=50 with N=32"),
+    "fractional k": (lambda: kde(k=4.0), TypeError, "knn_kde_grad: k must be an int; got float"),
+    "k = True": (lambda: knn(Q, X, True), TypeError, "knn: k must be an int; got bool"),
+    "k as a string": (lambda: knn(Q, X, "4"), TypeError, "knn: k must be an int; got str"),
+    "k = N without oneself": (lambda: knn(X, X, 32, self_index=True), ValueError, "knn: k must be in [1, N-1] .* got k=32 with N=32"),
+    # self_index
+    "self_index=True, Q != N": (lambda: kde(self_index=True), ValueError, "knn_kde_grad: self_index=True needs .* got Q=5 and N=32"),
+    "self_index too short": (
+        lambda: kde(self_index=torch.zeros(4, dtype=torch.int64)),
+        ValueError,
+        "knn_kde_grad: expected self_index as True or an int64 tensor of shape (5,); got torch.int64 of shape (4,)",
+    ),
+    "self_index in int32": (
+        lambda: knn(Q, X, 4, self_index=torch.zeros(5, dtype=torch.int32)),
+        ValueError,
+        "knn: expected self_index as True or an int64 tensor of shape (5,); got torch.int32 of shape (5,)",
+    ),
+    "self_index out of range": (
+        lambda: knn(Q, X, 4, self_index=torch.full((5,), 32)),
+        ValueError,
+        "knn: self_index must be in [-1, N); got 32 .. 32 with N=32",
+    ),
+    "self_index as a string": (lambda: knn(Q, X, 4, self_index="all"), TypeError, "knn: expected self_index as a torch tensor .* got str"),
+    # bandwidth
+    "bandwidth 0": (lambda: kde(bandwidth=0), ValueError, "knn_kde_grad: bandwidth must be positive and finite; got 0"),
+    "bandwidth < 0": (lambda: kde(bandwidth=-1.5), ValueError, "knn_kde_grad: bandwidth must be positive and finite; got -1.5"),
+    "bandwidth NaN": (lambda: kde(bandwidth=math.nan), ValueError, "knn_kde_grad: bandwidth must be positive and finite; got nan"),
+    "bandwidth inf": (lambda: kde(bandwidth=math.inf), ValueError, "knn_kde_grad: bandwidth must be positive and finite; got inf"),
+    "one bandwidth NaN": (
+        lambda: kde(bandwidth=torch.tensor([1.0, 1, math.nan, 1, 1])),
+        ValueError,
+        "knn_kde_grad: bandwidth must be positive and finite; got nan",
+    ),
+    "bandwidths too few": (lambda: kde(bandwidth=torch.ones(4)), ValueError, "knn_kde_grad: bandwidth must be .* got shape (4,) with Q=5"),
+    "bandwidth a matrix": (lambda: kde(bandwidth=torch.ones(5, 1)), ValueError, "knn_kde_grad: bandwidth .* got shape (5, 1) with Q=5"),
+    "bandwidth in integers": (lambda: kde(bandwidth=torch.ones(5).long()), TypeError, "knn_kde_grad: bandwidth .* got torch.int64"),
+    "bandwidth a string": (lambda: kde(bandwidth="scott"), TypeError, "knn_kde_grad: bandwidth must be a number, .* got str"),
+    # names
+    "kernel_norm misspelt": (
+        lambda: kde(kernel_norm="mass"),
+        ValueError,
+        "knn_kde_grad: kernel_norm must be one of peak, density; got 'mass'",
+    ),
+    "rule misspelt": (
+        lambda: knn_bandwidth(X, rule="median"),
+        ValueError,
+        "knn_bandwidth: rule must be one of knn-median, scott; got 'median'",
+    ),
+    "backend misspelt": (
+        lambda: ltkernels.backend("gpu").__enter__(),
+        ValueError,
+        "backend: expected one of cpu, cuda, triton, reference; got 'gpu'",
+    ),
+    "rho < 0": (lambda: kde().potential(-1), ValueError, "KDE.potential: rho must be a finite number >= 0; got -1"),
+    "rho NaN": (lambda: kde().potential(math.nan), ValueError, "KDE.potential: rho must be a finite number >= 0; got nan"),
+    "rho a string": (lambda: kde().potential("5%"), ValueError, "KDE.potential: rho must be a finite number >= 0; got '5%'"),
+    # bandwidth rules without an answer
+    "identical rows": (lambda: knn_bandwidth(X, 4), ValueError, "knn_bandwidth: rule 'knn-median' gives 0.0; .* identical rows"),
+    "one row": (lambda: knn_bandwidth(X[:1], 1), ValueError, "knn_bandwidth: k must be in [1, N-1] .* got k=1 with N=1"),
+    "all rows NaN": (lambda: knn_bandwidth(X * math.nan, 4), ValueError, "knn_bandwidth: rule 'knn-median' gives nan; .* too few finite"),
+    "k > N for the rule": (lambda: knn_bandwidth(X), ValueError, "knn_bandwidth: k must be in [1, N]; got k=64 with N=32"),
+    # weights
+    "weights too few": (lambda: Bank(X, log_weight=torch.zeros(3)), ValueError, "Bank: expected log_weight with .* shape (32,); got (3,)"),
+    "weights in integers": (lambda: Bank(X, log_weight=torch.zeros(32).long()), TypeError, "Bank: expected log_weight .* got torch.int64"),
+    "weights NaN": (
+        lambda: Bank(X, log_weight=torch.full((32,), math.nan)),
+        ValueError,
+        "Bank: expected log_weight below infinity .* is nan",
+    ),
+    "weights all zero": (lambda: Bank(X, log_weight=torch.full((32,), -math.inf)), ValueError, "Bank: expected log_weight .* is -inf"),
+    "weights infinite": (lambda: Bank(X, log_weight=torch.full((32,), math.inf)), ValueError, "Bank: expected log_weight .* is inf"),
+    # update
+    "update of another shape": (lambda: Bank(X).update(X[:9]), ValueError, "Bank.update: expected points of the same shape .* (32, 3)"),
+    "update in another dtype": (
+        lambda: Bank(X).update(X.double()),
+        ValueError,
+        "Bank.update: expected points of the same dtype .* float64",
+    ),
+    # files
+    "no such file": (lambda: Bank("nowhere.safetensors"), FileNotFoundError, "Bank: no such file: nowhere.safetensors"),
+    "another kind of file": (lambda: Bank("points.npy"), ValueError, "Bank: expected a .safetensors file; got points.npy"),
+    "load of another kind of file": (lambda: Bank.load("points.pt"), ValueError, "Bank: expected a .safetensors file; got points.pt"),
+    # backends
+    "cuda on CPU tensors": (
+        lambda: on("cuda"),
+        RuntimeError,
+        "knn: backend 'cuda' is not available here: it runs on CUDA tensors; got cpu",
+    ),
+    "triton on CPU tensors": (lambda: on("triton"), RuntimeError, "knn: backend 'triton' is not available here: .* TRITON_INTERPRET=1"),
+}  # fmt: skip
+
+
+def on(name):
+    with ltkernels.backend(name):
+        return knn(Q, X, 3)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_call(name):
+    call, error, message = WRONG[name]
+    with pytest.raises(error, match=".*".join(re.escape(part) for part in message.split(" .* "))):
+        call()
+
+
+def test_a_file_without_points(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file({"weights": X}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"Bank: expected a tensor named 'points' in .*other.safetensors; it has \['weights'\]"):
+        Bank(tmp_path / "other.safetensors")
+
+
+def test_a_broken_file(tmp_path):
+    pytest.importorskip("safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no header")
+    with pytest.raises(ValueError, match="Bank: expected a .safetensors file; .*broken.safetensors is none"):
+        Bank(tmp_path / "broken.safetensors")
+
+
+def test_an_unknown_backend_in_the_environment():
+    code = "import torch, ltkernels; ltkernels.knn(torch.zeros(1, 1), torch.zeros(1, 1), 1)"
+    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "LTKERNELS_BACKEND": "gpu"}, capture_output=True, text=True)
+    assert run.returncode != 0 and "LTKERNELS_BACKEND: expected one of cpu, cuda, triton, reference; got 'gpu'" in run.stderr
