@@ -1,0 +1,415 @@
+// The inner loops of the CPU kernels, compiled once for each instruction set and chosen at run time.
+//
+// The loops are written with the compiler's vector types (GCC and Clang, any processor) as always-inline templates; a thin
+// wrapper with a target attribute gives each its AVX-512, AVX2+FMA or baseline body, so one binary fits every machine and
+// needs no -march=native. LTKERNELS_CPU_ISA={avx512,avx2,baseline} overrides the choice, so that tests can prove each path.
+#pragma once
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <type_traits>
+
+#include "../common/check.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define LT_X86 1
+#else
+#define LT_X86 0
+#endif
+
+namespace ltkernels::isa {
+
+#define LT_INLINE static inline __attribute__((always_inline))
+
+template <int Bytes>
+struct FloatVector {
+  typedef float type __attribute__((vector_size(Bytes), aligned(4), may_alias));
+};
+typedef float float8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef double double8 __attribute__((vector_size(64), aligned(8), may_alias));
+
+constexpr int64_t kDepth = 128;     // longest chain of additions in a tile: bounds the error, keeps a panel slice in L1
+constexpr int64_t kThinRows = 24;   // up to here transposing the bank costs more than the tile saves
+constexpr int kMaxTileRows = 12, kMaxTileCols = 32;
+
+// Arithmetic of differences: half types are widened first.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// ---- filter tiles --------------------------------------------------------------------------------------------------
+
+// Interleaves a slice of Width rows: out[i * Width + r] = rows[r][first + i].
+template <int Width>
+LT_INLINE void pack_panel(const float* const* rows, int64_t first, int64_t count, float* out) {
+  typedef float float4 __attribute__((vector_size(16), aligned(4), may_alias));
+  for (int64_t begin = 0; begin < count; begin += 16) {  // one cache line of every row at a time
+    const int64_t end = begin + 16 < count ? begin + 16 : count;
+    for (int r = 0; r < Width; r += 4) {
+      const float *a = rows[r] + first, *b = rows[r + 1] + first, *c = rows[r + 2] + first, *e = rows[r + 3] + first;
+      for (int64_t i = begin; i < end; ++i) *(float4*)(out + i * Width + r) = float4{a[i], b[i], c[i], e[i]};
+    }
+  }
+}
+
+// c (Rows, Vectors * width) = or += a-panel slice times b-panel slice; the accumulators live in registers.
+template <int Bytes, int Rows, int Vectors>
+LT_INLINE void multiply_panels(const float* a, const float* b, int64_t depth, bool accumulate, float* c) {
+  using V = typename FloatVector<Bytes>::type;
+  constexpr int kWidth = Bytes / 4;
+  V acc[Rows][Vectors] = {};
+  for (int64_t i = 0; i < depth; ++i, a += Rows, b += Vectors * kWidth) {
+    __builtin_prefetch(a + 16 * Rows);  // the a-panels come from L2, one after the other
+    V column[Vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) column[v] = *(const V*)(b + v * kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) acc[r][v] += a[r] * column[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      V* out = (V*)(c + (r * Vectors + v) * kWidth);
+      *out = accumulate ? *out + acc[r][v] : acc[r][v];
+    }
+  }
+}
+
+// The same tile for few queries, straight from unpacked rows: c[r * stride] = rows[r] . point for 4 rows at once.
+template <int Bytes>
+LT_INLINE void multiply_thin(const float* rows, int64_t d, const float* point, int64_t stride, float* c) {
+  using V = typename FloatVector<Bytes>::type;
+  constexpr int kWidth = Bytes / 4;
+  V acc[4] = {};
+  int64_t i = 0;
+  for (; i + kWidth <= d; i += kWidth) {
+    const V z = *(const V*)(point + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) acc[r] += *(const V*)(rows + r * d + i) * z;
+  }
+  for (int r = 0; r < 4; ++r) {
+    float lanes[kWidth];
+    std::memcpy(lanes, &acc[r], sizeof(lanes));
+    for (int width = kWidth / 2; width > 0; width /= 2) {
+      for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+    }
+    float sum = lanes[0];
+    for (int64_t j = i; j < d; ++j) sum += rows[r * d + j] * point[j];
+    c[r * stride] = sum;
+  }
+}
+
+// Which entries of a tile may belong to the answer of their row (bit = column): floor[col] - c <= limit[row]; and, where
+// the tile serves its columns as well, to the answer of their column: floor[row] - c <= limit[col]. NaN never passes.
+template <class Isa>
+LT_INLINE void filter_tile(const float* c, const float* row_limit, const float* col_floor, const float* row_floor,
+                           const float* col_limit, bool both, uint32_t* row_mask, uint32_t* col_mask) {
+  for (int r = 0; r < Isa::kRows; ++r, c += Isa::kCols) {
+    row_mask[r] = Isa::below(col_floor, c, row_limit[r]);
+    col_mask[r] = both ? Isa::above(col_limit, c, row_floor[r]) : 0;
+  }
+}
+
+LT_INLINE int32_t ordered(float x) {  // an integer that compares as the float does
+  int32_t i;
+  std::memcpy(&i, &x, 4);
+  return i ^ ((i >> 31) & INT32_MAX);
+}
+
+LT_INLINE int64_t count_up_to(const float* x, int64_t count, float value) {
+  int32_t below = 0;
+  for (int64_t i = 0; i < count; ++i) below += x[i] <= value;
+  return below;
+}
+
+// A value that at least `wanted` of the x reach down to and, ties apart, at most wanted + slack: bisection on the bits.
+LT_INLINE float bisect(const float* x, int64_t count, int64_t wanted, int64_t slack) {
+  int32_t low = INT32_MAX, high = INT32_MIN;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t key = ordered(x[i]);
+    low = key < low ? key : low, high = key > high ? key : high;
+  }
+  float value = 0;
+  while (true) {
+    const int32_t middle = low + static_cast<int32_t>((int64_t(high) - low) / 2);
+    const int32_t bits = middle ^ ((middle >> 31) & INT32_MAX);
+    std::memcpy(&value, &bits, 4);
+    const int64_t below = low < high ? count_up_to(x, count, value) : wanted;
+    if (below >= wanted && below <= wanted + slack) return value;
+    (below < wanted ? low : high) = below < wanted ? middle + 1 : middle;
+  }
+}
+
+// ---- exact distances and weighted sums -----------------------------------------------------------------------------
+
+template <class T>
+LT_INLINE const Wide<T>* widen(const T* row, int64_t d, Wide<T>* buffer) {
+  if constexpr (std::is_same_v<T, Wide<T>>) {
+    return row;
+  } else {
+    for (int64_t i = 0; i < d; ++i) buffer[i] = static_cast<float>(row[i]);
+    return buffer;
+  }
+}
+
+// (a - b) of 8 entries: subtracted in the input's arithmetic, widened after.
+template <class W>
+LT_INLINE void difference(const W* a, const W* b, double8& out) {
+  if constexpr (std::is_same_v<W, double>) {
+    out = *(const double8*)a - *(const double8*)b;
+  } else {
+    const float8 x = *(const float8*)a - *(const float8*)b;
+    out = double8{x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]};  // GCC 12 splits __builtin_convertvector in two
+  }
+}
+
+// acc (32 partial sums) += (a - b)^2 of 32 entries. A product of two floats is exact in double: fused or not, same bits.
+template <class W>
+LT_INLINE void add_squares(const W* a, const W* b, double8* acc) {
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) {
+    double8 delta;
+    difference<W>(a + 8 * v, b + 8 * v, delta);
+    acc[v] += delta * delta;
+  }
+}
+
+// out[c] = |q - points[ids[c]]|^2 in double, 32 partial sums in a fixed order: a function of the pair of rows alone.
+template <class T>
+LT_INLINE void exact_distances(const Wide<T>* q, const T* points, int64_t d, const uint32_t* ids, int64_t count,
+                               Wide<T>* buffer, double* out) {
+  using W = Wide<T>;
+  const int64_t whole = d / 32 * 32;
+  W q_tail[32] = {}, z_tail[32] = {};
+  std::memcpy(q_tail, q + whole, (d - whole) * sizeof(W));
+  for (int64_t c = 0; c < count; ++c) {
+    if (c + 1 < count) {  // candidates are scattered over the bank: fetch the next while this one is summed
+      const char* next = (const char*)(points + ids[c + 1] * d);
+      for (int64_t byte = 0; byte < d * int64_t(sizeof(T)) && byte < 4096; byte += 64) __builtin_prefetch(next + byte);
+    }
+    const W* z = widen(points + ids[c] * d, d, buffer);
+    double8 acc[4] = {};
+    for (int64_t i = 0; i < whole; i += 32) add_squares<W>(q + i, z + i, acc);
+    if (whole < d) {
+      std::memcpy(z_tail, z + whole, (d - whole) * sizeof(W));
+      add_squares<W>(q_tail, z_tail, acc);
+    }
+    const double8 s = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+    out[c] = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  }
+}
+
+// One strip of weighted_difference: its sums stay in registers while the rows stream by.
+constexpr int64_t kStrip = 64;
+
+template <class T, bool Whole>
+LT_INLINE void weighted_strip(const Wide<T>* q, const T* points, int64_t d, int64_t n, const int64_t* ids,
+                              const double* weight, int64_t count, double* out) {
+  using W = Wide<T>;
+  W z_strip[kStrip] = {};
+  double8 sum[kStrip / 8] = {};
+  for (int64_t c = 0; c < count; ++c) {
+    if (weight[c] == 0) continue;
+    const W* z = z_strip;
+    if constexpr (Whole && std::is_same_v<T, W>) {
+      z = points + ids[c] * d;
+    } else {
+      for (int64_t i = 0; i < n; ++i) z_strip[i] = static_cast<W>(points[ids[c] * d + i]);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kStrip / 8; ++v) {
+      double8 delta;
+      difference<W>(z + 8 * v, q + 8 * v, delta);
+      sum[v] += weight[c] * delta;
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kStrip / 8; ++v) *(double8*)(out + 8 * v) = sum[v];
+}
+
+// out = sum_c weight[c] (points[ids[c]] - q) in double; rows of weight 0 may hold NaN and are not read.
+template <class T>
+LT_INLINE void weighted_difference(const Wide<T>* q, const T* points, int64_t d, const int64_t* ids,
+                                   const double* weight, int64_t count, double* out) {
+  int64_t i = 0;
+  for (; i + kStrip <= d; i += kStrip) {
+    weighted_strip<T, true>(q + i, points + i, d, kStrip, ids, weight, count, out + i);
+  }
+  if (i == d) return;
+  Wide<T> q_tail[kStrip] = {};
+  double out_tail[kStrip];
+  std::memcpy(q_tail, q + i, (d - i) * sizeof(Wide<T>));
+  weighted_strip<T, false>(q_tail, points + i, d, d - i, ids, weight, count, out_tail);
+  std::memcpy(out + i, out_tail, (d - i) * sizeof(double));
+}
+
+// ---- one table of functions an instruction set ---------------------------------------------------------------------
+
+struct TileOps {
+  int rows, cols, width;  // tile shape; width = lanes of a vector
+  void (*pack_rows)(const float* const* rows, int64_t first, int64_t count, float* out);
+  void (*pack_cols)(const float* const* rows, int64_t first, int64_t count, float* out);
+  void (*multiply)(const float* a, const float* b, int64_t depth, bool accumulate, float* c);
+  void (*thin)(const float* rows, int64_t d, const float* point, int64_t stride, float* c);
+  void (*filter)(const float* c, const float* row_limit, const float* col_floor, const float* row_floor,
+                 const float* col_limit, bool both, uint32_t* row_mask, uint32_t* col_mask);
+  int64_t (*count_up_to)(const float* x, int64_t count, float value);
+  float (*bisect)(const float* x, int64_t count, int64_t wanted, int64_t slack);
+};
+
+template <class T>
+struct RowOps {
+  void (*distances)(const Wide<T>* q, const T* points, int64_t d, const uint32_t* ids, int64_t count, Wide<T>* buffer,
+                    double* out);
+  void (*weighted)(const Wide<T>* q, const T* points, int64_t d, const int64_t* ids, const double* weight,
+                   int64_t count, double* out);
+};
+
+// An instruction set: vector bytes, tile shape that fills its registers, and how it turns a comparison into bits.
+#define LT_ISA_BODY(NAME, TARGET, BYTES, ROWS, VECTORS)                                                                \
+  static constexpr int kRows = ROWS, kWidth = BYTES / 4, kCols = VECTORS * kWidth;                                     \
+  TARGET static void pack_rows(const float* const* rows, int64_t first, int64_t n, float* out) {                       \
+    pack_panel<kRows>(rows, first, n, out);                                                                            \
+  }                                                                                                                    \
+  TARGET static void pack_cols(const float* const* rows, int64_t first, int64_t n, float* out) {                       \
+    pack_panel<kCols>(rows, first, n, out);                                                                            \
+  }                                                                                                                    \
+  TARGET static void multiply(const float* a, const float* b, int64_t n, bool more, float* c) {                        \
+    multiply_panels<BYTES, ROWS, VECTORS>(a, b, n, more, c);                                                           \
+  }                                                                                                                    \
+  TARGET static void thin(const float* rows, int64_t d, const float* point, int64_t stride, float* c) {                \
+    multiply_thin<BYTES>(rows, d, point, stride, c);                                                                   \
+  }                                                                                                                    \
+  TARGET static void filter(const float* c, const float* rl, const float* cf, const float* rf, const float* cl,        \
+                            bool both, uint32_t* rm, uint32_t* cm) {                                                   \
+    filter_tile<NAME>(c, rl, cf, rf, cl, both, rm, cm);                                                                \
+  }                                                                                                                    \
+  TARGET static int64_t count_up_to(const float* x, int64_t n, float value) { return isa::count_up_to(x, n, value); }  \
+  TARGET static float bisect(const float* x, int64_t n, int64_t wanted, int64_t slack) {                               \
+    return isa::bisect(x, n, wanted, slack);                                                                           \
+  }                                                                                                                    \
+  template <class T>                                                                                                   \
+  TARGET static void distances(const Wide<T>* q, const T* p, int64_t d, const uint32_t* ids, int64_t n,                \
+                               Wide<T>* buffer, double* o) {                                                           \
+    exact_distances<T>(q, p, d, ids, n, buffer, o);                                                                    \
+  }                                                                                                                    \
+  template <class T>                                                                                                   \
+  TARGET static void weighted(const Wide<T>* q, const T* p, int64_t d, const int64_t* ids, const double* w,            \
+                              int64_t n, double* o) {                                                                  \
+    weighted_difference<T>(q, p, d, ids, w, n, o);                                                                     \
+  }
+
+struct Baseline {
+  LT_ISA_BODY(Baseline, , 16, 4, 2)
+  static uint32_t below(const float* floor, const float* c, float limit) {
+    uint32_t mask = 0;
+    for (int i = 0; i < kCols; ++i) mask |= uint32_t(floor[i] - c[i] <= limit) << i;
+    return mask;
+  }
+  static uint32_t above(const float* limit, const float* c, float floor) {
+    uint32_t mask = 0;
+    for (int i = 0; i < kCols; ++i) mask |= uint32_t(floor - c[i] <= limit[i]) << i;
+    return mask;
+  }
+};
+
+#if LT_X86
+#define LT_AVX2 __attribute__((target("avx2,fma")))
+#define LT_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")))
+
+struct Avx2 {
+  LT_ISA_BODY(Avx2, LT_AVX2, 32, 4, 3)
+  LT_AVX2 static uint32_t bits(__m256 low, __m256 limit) {
+    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(low, limit, _CMP_LE_OQ)));
+  }
+  LT_AVX2 static uint32_t below(const float* floor, const float* c, float limit) {
+    uint32_t mask = 0;
+    for (int i = 0; i < kCols; i += 8) {
+      mask |= bits(_mm256_sub_ps(_mm256_loadu_ps(floor + i), _mm256_loadu_ps(c + i)), _mm256_set1_ps(limit)) << i;
+    }
+    return mask;
+  }
+  LT_AVX2 static uint32_t above(const float* limit, const float* c, float floor) {
+    uint32_t mask = 0;
+    for (int i = 0; i < kCols; i += 8) {
+      mask |= bits(_mm256_sub_ps(_mm256_set1_ps(floor), _mm256_loadu_ps(c + i)), _mm256_loadu_ps(limit + i)) << i;
+    }
+    return mask;
+  }
+};
+
+struct Avx512 {
+  LT_ISA_BODY(Avx512, LT_AVX512, 64, 12, 2)
+  LT_AVX512 static uint32_t below(const float* floor, const float* c, float limit) {
+    uint32_t mask = 0;
+    for (int i = 0; i < kCols; i += 16) {
+      const __m512 low = _mm512_sub_ps(_mm512_loadu_ps(floor + i), _mm512_loadu_ps(c + i));
+      mask |= uint32_t(_mm512_cmp_ps_mask(low, _mm512_set1_ps(limit), _CMP_LE_OQ)) << i;
+    }
+    return mask;
+  }
+  LT_AVX512 static uint32_t above(const float* limit, const float* c, float floor) {
+    uint32_t mask = 0;
+    for (int i = 0; i < kCols; i += 16) {
+      const __m512 low = _mm512_sub_ps(_mm512_set1_ps(floor), _mm512_loadu_ps(c + i));
+      mask |= uint32_t(_mm512_cmp_ps_mask(low, _mm512_loadu_ps(limit + i), _CMP_LE_OQ)) << i;
+    }
+    return mask;
+  }
+};
+#endif
+
+enum class Level { kBaseline, kAvx2, kAvx512 };
+
+inline Level level() {
+  Level best = Level::kBaseline;
+#if LT_X86
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Level::kAvx2;
+  if (best == Level::kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+    best = Level::kAvx512;
+  }
+#endif
+  const char* wanted = std::getenv("LTKERNELS_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  const std::string name = wanted;
+  const Level asked = name == "avx512" ? Level::kAvx512 : name == "avx2" ? Level::kAvx2 : Level::kBaseline;
+  LT_CHECK(asked != Level::kBaseline || name == "baseline", "LTKERNELS_CPU_ISA",
+           "expected avx512, avx2 or baseline; got ", name);
+  LT_CHECK(asked <= best, "LTKERNELS_CPU_ISA", "this processor has no ", name);
+  return asked;
+}
+
+template <class Isa>
+TileOps tile_ops_of() {
+  static_assert(Isa::kRows <= kMaxTileRows && Isa::kCols <= kMaxTileCols);
+  return {Isa::kRows, Isa::kCols, Isa::kWidth, Isa::pack_rows, Isa::pack_cols,
+          Isa::multiply, Isa::thin, Isa::filter, Isa::count_up_to, Isa::bisect};
+}
+
+inline TileOps tile_ops(Level level) {
+#if LT_X86
+  if (level == Level::kAvx512) return tile_ops_of<Avx512>();
+  if (level == Level::kAvx2) return tile_ops_of<Avx2>();
+#endif
+  return tile_ops_of<Baseline>();
+}
+
+template <class T>
+RowOps<T> row_ops(Level level) {
+#if LT_X86
+  if (level == Level::kAvx512) return {Avx512::distances<T>, Avx512::weighted<T>};
+  if (level == Level::kAvx2) return {Avx2::distances<T>, Avx2::weighted<T>};
+#endif
+  return {Baseline::distances<T>, Baseline::weighted<T>};
+}
+
+}  // namespace ltkernels::isa

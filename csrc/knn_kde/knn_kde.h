@@ -1,0 +1,23 @@
+// The operators of ltkernels/knn_kde.py as C++ functions; shapes and meaning are documented there.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace ltkernels {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> knn_cpu(const Tensor& queries, const Tensor& points, const Tensor& centre,
+                                   const Tensor& centred, const Tensor& sqnorm, const std::optional<Tensor>& self_index,
+                                   const std::optional<Tensor>& bound, int64_t k);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> knn_kde_cpu(const Tensor& queries, const Tensor& points,
+                                                       const Tensor& centre, const Tensor& centred,
+                                                       const Tensor& sqnorm, const std::optional<Tensor>& self_index,
+                                                       const std::optional<Tensor>& bound, int64_t k,
+                                                       const Tensor& bandwidth,
+                                                       const std::optional<Tensor>& log_weight);
+
+}  // namespace ltkernels

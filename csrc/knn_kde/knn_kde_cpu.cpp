@@ -1,0 +1,702 @@
+// k nearest bank rows and the kernel density estimate over them, on the CPU.
+//
+// The answer is defined by f(q, z), the squared distance summed from direct differences in double and rounded once to the
+// output dtype: the first k bank rows in the order (f, index). Most pairs are discarded without f, by a filter that can
+// err on one side only:
+//
+//  1. Filter. With q' = fl(q - centre), c = centred row, n = |c|^2, all in fp32, (f - |q'|^2) / 2 ~ n/2 - q'.c =: g, one
+//     multiply-add a dimension in register tiles. Writing u = 2^-24 and L for the longest chain of additions in q'.c,
+//         |n/2 - q'.c - g|  <=  (L + 12) u |q'||c| + 8u (|q'|^2 + n) + tau  <=  B (|q'|^2 + n) + tau,
+//         B = ((L + 12) / 2 + 8) u * 1.01,        tau = 2^-122 d  (underflow, also with denormals flushed),
+//     where L u |q'||c| is the sum of products, the rest the rounding of q', c, n, f and of the test itself, and
+//     |q'||c| <= (|q'|^2 + n) / 2 makes the bound a sum of a row term and a column term. So with
+//         low = n/2 - B n - tau - q'.c,        limit = (F - |q'|^2) / 2 + B |q'|^2 + tau,
+//     low > limit proves f > F for an F that k rows are already known to reach: such a pair is dropped, every other
+//     one is appended to the queue of its row. Norms above 1e37 are not bounded this way: those rows always pass.
+//  2. A full queue is tightened: the k-th smallest upper bound (low + twice the margins) is a new limit. Where that
+//     frees too little (duplicates, clusters tighter than the rounding), the queue is ranked by f itself and its k best
+//     are kept, which always fits. Nothing is dropped that could be in the answer, so neither tiles, threads, chunks nor
+//     `bound` can be seen in the result.
+//  3. Every queue is ranked by (f, index); density and score come from the winners in that order, in double.
+//
+// A bank against itself (queries is points): the tile of blocks I, J serves the rows of I and, transposed, those of J, so half
+// of the tiles suffice. A worker owns both blocks while it works on them; queues need no locks.
+// Few queries: the bank is split between the workers, each split has its own queues, and the ranking merges them.
+#include "knn_kde.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "../common/check.h"
+#include "cpu_isa.h"
+
+namespace ltkernels {
+namespace {
+
+using isa::Wide;
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kLargestNorm = 1e37f;           // beyond, sums of norms and products could overflow
+constexpr int64_t kBlockFloats = 512 * 1024;    // a packed block: 2 MiB, shares of the last-level cache
+constexpr int64_t kSubBlockFloats = 128 * 1024;  // query rows that stay in L2 while a panel of the bank passes
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+template <class T>
+struct CacheLines {  // allocator: a vector register loaded from a packed panel must not straddle two lines
+  using value_type = T;
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64})); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{64}); }
+  bool operator==(const CacheLines&) const { return true; }
+};
+using AlignedFloats = std::vector<float, CacheLines<float>>;
+
+// A candidate: its bank row and a lower bound of (f - |q'|^2) / 2, up to the row's own margin.
+struct Candidates {
+  float* low;
+  uint32_t* id;
+};
+
+// Candidate queues of the query rows [first, first + rows).
+struct Queues {
+  int64_t first = 0, capacity = 0;
+  std::vector<float> sqnorm, limit;  // |q'|^2: +inf switches the filter off, NaN (also the limit) the whole row
+  std::vector<uint32_t> count;
+  std::unique_ptr<float[]> low;      // (rows, capacity), not initialised: pages are touched as they fill
+  std::unique_ptr<uint32_t[]> id;
+
+  void resize(int64_t rows, int64_t row_capacity) {
+    capacity = row_capacity;
+    sqnorm.resize(rows), limit.resize(rows), count.resize(rows);
+    low.reset(new float[rows * capacity]), id.reset(new uint32_t[rows * capacity]);
+  }
+
+  Candidates of(int64_t slot) const { return {low.get() + slot * capacity, id.get() + slot * capacity}; }
+};
+
+template <class T>
+struct Ranked {
+  Wide<T> f;
+  uint32_t id;
+  float low;
+  bool operator<(const Ranked& other) const { return f < other.f || (f == other.f && id < other.id); }
+};
+
+// Scratch of one thread.
+template <class T>
+struct Worker {
+  AlignedFloats a, b, tile;                 // packed query block, packed bank block, their products
+  std::vector<float> row_floor, col_floor;  // per row of the blocks: low + q'.c
+  std::vector<float> shifted, low;
+  std::vector<uint32_t> id;
+  std::vector<double> f, weight, sum;
+  std::vector<Wide<T>> query, buffer;
+  std::vector<Ranked<T>> ranked;
+  int64_t packed_bank = -1;
+};
+
+// Hands out pairs of blocks (i <= j) so that no block is in two hands; a worker keeps its j while it can, as j is packed.
+class PairSchedule {
+ public:
+  explicit PairSchedule(int64_t blocks) : blocks_(blocks), left_(blocks), busy_(blocks), done_(blocks * blocks) {
+    for (int64_t j = 0; j < blocks; ++j) left_[j] = j + 1;
+    remaining_ = blocks * (blocks + 1) / 2;
+  }
+
+  // Gives back (i, j) unless i < 0 and replaces it by the next pair; false when none is left.
+  bool next(int64_t& i, int64_t& j) {
+    std::unique_lock lock(mutex_);
+    if (i >= 0) busy_[i] = busy_[j] = false;
+    while (remaining_ > 0) {
+      if (i >= 0 && take(i, j, j)) return true;
+      for (int64_t column = blocks_ - 1; column >= 0; --column) {
+        if (take(i, j, column)) return true;
+      }
+      lock.unlock();  // all that is left touches blocks in other hands
+      std::this_thread::yield();
+      lock.lock();
+    }
+    return false;
+  }
+
+ private:
+  bool take(int64_t& i, int64_t& j, int64_t column) {
+    if (busy_[column] || left_[column] == 0) return false;
+    for (int64_t row = 0; row <= column; ++row) {
+      if (busy_[row] || done_[column * blocks_ + row]) continue;
+      i = row, j = column;
+      busy_[i] = busy_[j] = done_[column * blocks_ + row] = true;
+      --left_[column], --remaining_;
+      return true;
+    }
+    return false;
+  }
+
+  int64_t blocks_, remaining_;
+  std::vector<int64_t> left_;
+  std::vector<uint8_t> busy_, done_;
+  std::mutex mutex_;
+};
+
+template <class T>
+struct Problem {
+  const T *queries, *points;
+  const float *centre, *centred, *sqnorm;
+  const int64_t* self_index;    // or null
+  const Wide<T>* bound;         // or null
+  int64_t q, n, d, k;
+  Wide<T>* sqdist;              // (q, k)
+  int64_t* index;               // (q, k)
+  const Wide<T>* bandwidth;     // (q,), null for knn alone: then nothing below is used
+  const Wide<T>* log_weight;    // (n,) or null
+  Wide<T>*log_density, *score;  // (q,), (q, d)
+};
+
+template <class T>
+class Search {
+  using W = Wide<T>;
+
+ public:
+  explicit Search(const Problem<T>& problem)
+      : p_(problem), level_(isa::level()), ops_(isa::tile_ops(level_)), rank_(isa::row_ops<T>(level_)) {
+    const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    workers_.resize(threads);
+    zeros_.assign(p_.d, 0.f);
+    capacity_ = std::min(p_.n, std::max<int64_t>(3 * p_.k, 192));
+    // Blocks are whole tiles of every instruction set (96 is a multiple of 12 and 32, of 4 and 24, of 8).
+    block_ = std::clamp<int64_t>(kBlockFloats / p_.d, 96, 4096);
+    const bool whole_bank = static_cast<const void*>(p_.queries) == p_.points && p_.q == p_.n;
+    // With very large k the queues of all rows at once would outweigh the outputs.
+    symmetric_ = whole_bank && p_.q > isa::kThinRows && capacity_ <= 2048;
+    if (symmetric_) block_ = std::min(block_, std::max<int64_t>(96, p_.n / (4 * threads)));
+    block_ = block_ / 96 * 96;
+    thin_ = p_.q <= isa::kThinRows;
+    const int64_t chain = thin_ ? divide_up(p_.d, ops_.width) + 2 * ops_.width
+                                : std::min(p_.d, isa::kDepth) + divide_up(p_.d, isa::kDepth);
+    slope_ = static_cast<float>((0.5 * (chain + 12) + 8) * 0x1p-24 * 1.01);
+    underflow_ = 0x1p-122f * p_.d;
+  }
+
+  void run() {
+    if (symmetric_) {
+      run_symmetric();
+    } else {
+      run_rectangular();
+    }
+    LT_CHECK(!shortage_, "knn", "a row has fewer than k=", p_.k,
+             " candidates: k exceeds the available rows, or bound is below the k-th distance");
+  }
+
+ private:
+  // ---- schedule ----------------------------------------------------------------------------------------------------
+
+  template <class F>
+  void for_each_worker(const F& f) {
+    torch::stable::parallel_for(0, workers_.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) f(workers_[w]);
+    });
+  }
+
+  template <class F>
+  void for_each(int64_t tasks, const F& f) {  // dynamic: cores need not be equally fast, and the answer cannot tell
+    std::atomic<int64_t> next{0};
+    for_each_worker([&](Worker<T>& w) {
+      for (int64_t task; (task = next++) < tasks;) f(w, task);
+    });
+  }
+
+  void run_symmetric() {
+    std::vector<Queues> queues(1);
+    start(queues, {0, p_.n});
+    PairSchedule schedule(divide_up(p_.n, block_));
+    for_each_worker([&](Worker<T>& w) {
+      for (int64_t i = -1, j = -1; schedule.next(i, j);) sweep(w, queues[0], block(i, p_.n), block(j, p_.n));
+    });
+    finish(queues, {0, p_.n});
+  }
+
+  // Blocks of queries times splits of the bank, a few tasks for each worker.
+  void run_rectangular() {
+    const int64_t threads = workers_.size();
+    const int64_t rows = std::min(block_, std::max<int64_t>(96, divide_up(divide_up(p_.q, threads), 96) * 96));
+    const int64_t chunk = 4 * threads * rows;  // queries whose queues exist at one time
+    for (int64_t begin = 0; begin < p_.q; begin += chunk) {
+      const Range range{begin, std::min(p_.q, begin + chunk)};
+      const int64_t row_blocks = divide_up(range.size(), rows), bank_blocks = divide_up(p_.n, block_);
+      const int64_t splits = std::min(bank_blocks, divide_up(threads, row_blocks));
+      std::vector<Queues> queues(splits);
+      start(queues, range);
+      for_each(row_blocks * splits, [&](Worker<T>& w, int64_t task) {
+        const int64_t first = begin + task / splits * rows, split = task % splits;
+        const Range query_rows{first, std::min(range.end, first + rows)};
+        if (!thin_) pack(w, query_rows, ops_.rows, ops_.pack_rows, w.a);
+        for (int64_t b = split * bank_blocks / splits; b < (split + 1) * bank_blocks / splits; ++b) {
+          sweep(w, queues[split], query_rows, block(b, p_.n));
+        }
+      });
+      finish(queues, range);
+    }
+  }
+
+  Range block(int64_t b, int64_t n) const { return {b * block_, std::min(n, (b + 1) * block_)}; }
+
+  // ---- rows --------------------------------------------------------------------------------------------------------
+
+  static bool finite(const T* row, int64_t d) {
+    for (int64_t i = 0; i < d; ++i) {
+      if (!std::isfinite(static_cast<W>(row[i]))) return false;
+    }
+    return true;
+  }
+
+  // q' of a query; |q'|^2, +inf where it is not bounded, NaN for a query with NaN or inf.
+  float shift(int64_t row, float* out) const {
+    const T* q = p_.queries + row * p_.d;
+    double sum = 0;
+    for (int64_t i = 0; i < p_.d; ++i) {
+      out[i] = static_cast<float>(static_cast<W>(q[i]) - static_cast<W>(p_.centre[i]));
+      sum += double(out[i]) * out[i];
+    }
+    if (sum <= kLargestNorm) return static_cast<float>(sum);
+    std::fill_n(out, p_.d, 0.f);
+    return finite(q, p_.d) ? kInf : kNaN;
+  }
+
+  float floor_of(int64_t id) const {  // low + q'.c; +inf for rows that are infinitely far, -inf for rows without a bound
+    const float n = p_.sqnorm[id];
+    if (n <= kLargestNorm) return n * (0.5f - slope_) - underflow_;
+    return finite(p_.points + id * p_.d, p_.d) ? -kInf : kInf;
+  }
+
+  float limit_of(float sqnorm, double f) const {  // limit that keeps every row with a distance up to f
+    if (!(sqnorm <= kLargestNorm)) return sqnorm;
+    if (!(f < kInf)) return kInf;
+    const double limit = 0.5 * (f - sqnorm) + double(slope_) * sqnorm + underflow_;
+    return std::nextafter(static_cast<float>(limit), kInf);
+  }
+
+  int64_t self_of(int64_t row) const { return p_.self_index ? p_.self_index[row] : -1; }
+
+  const float* centred_row(int64_t id) const {  // zero where the filter is off or the row is padding
+    return id < p_.n && p_.sqnorm[id] <= kLargestNorm ? p_.centred + id * p_.d : zeros_.data();
+  }
+
+  void start(std::vector<Queues>& queues, Range range) {
+    for (Queues& queue : queues) queue.first = range.begin, queue.resize(range.size(), capacity_);
+    for_each(divide_up(range.size(), 64), [&](Worker<T>& w, int64_t task) {
+      w.shifted.resize(std::max<size_t>(w.shifted.size(), p_.d));
+      const int64_t end = std::min(range.size(), task * 64 + 64);
+      for (int64_t slot = task * 64; slot < end; ++slot) {
+        const int64_t row = range.begin + slot;
+        const float sqnorm = symmetric_ && p_.sqnorm[row] <= kLargestNorm ? p_.sqnorm[row]
+                                                                         : shift(row, w.shifted.data());
+        for (Queues& queue : queues) {
+          queue.sqnorm[slot] = sqnorm;
+          queue.limit[slot] = limit_of(sqnorm, p_.bound ? double(p_.bound[row]) : double(kInf));
+          queue.count[slot] = 0;
+        }
+      }
+    });
+  }
+
+  // ---- filter ------------------------------------------------------------------------------------------------------
+
+  // Packs rows into slices of kDepth dimensions, a slice into panels of `width` rows: what `multiply` reads in sequence
+  // lies in sequence. The query rows of a rectangular search are shifted on the way.
+  template <class Pack>
+  void pack(Worker<T>& w, Range rows, int width, Pack pack_panel, AlignedFloats& out) {
+    const int64_t panels = divide_up(rows.size(), width);
+    const bool queries = width == ops_.rows && !symmetric_;
+    out.resize(std::max<size_t>(out.size(), panels * width * p_.d));
+    w.shifted.resize(std::max<size_t>(w.shifted.size(), width * p_.d));
+    const float* sources[isa::kMaxTileCols];
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      for (int r = 0; r < width; ++r) {
+        const int64_t row = rows.begin + panel * width + r;
+        if (row >= rows.end) {
+          sources[r] = zeros_.data();
+        } else if (queries) {
+          sources[r] = w.shifted.data() + r * p_.d;
+          shift(row, w.shifted.data() + r * p_.d);
+        } else {
+          sources[r] = centred_row(row);
+        }
+      }
+      for (int64_t depth = 0; depth < p_.d; depth += isa::kDepth) {
+        const int64_t count = std::min(isa::kDepth, p_.d - depth);
+        pack_panel(sources, depth, count, out.data() + (depth * panels + panel * count) * width);
+      }
+    }
+  }
+
+  void floors(Range rows, std::vector<float>& out) const {  // NaN pads to whole tiles: it passes no comparison
+    out.assign(rows.size() + isa::kMaxTileCols, kNaN);
+    for (int64_t i = 0; i < rows.size(); ++i) out[i] = floor_of(rows.begin + i);
+  }
+
+  // All pairs of the two blocks; in a symmetric search for the queues of both.
+  void sweep(Worker<T>& w, Queues& queues, Range rows, Range cols) {
+    if (symmetric_) {
+      pack(w, rows, ops_.rows, ops_.pack_rows, w.a);
+      floors(rows, w.row_floor);
+    }
+    if (thin_) shift_rows(w, rows);
+    if (!symmetric_ || w.packed_bank != cols.begin) {
+      if (!thin_) pack(w, cols, ops_.cols, ops_.pack_cols, w.b);
+      floors(cols, w.col_floor);
+      w.packed_bank = cols.begin;
+    }
+    const int64_t step = std::clamp<int64_t>(kSubBlockFloats / p_.d / ops_.rows, 4, 32) * ops_.rows;
+    w.tile.resize(step * ops_.cols);
+    for (int64_t row = rows.begin; row < rows.end; row += step) {
+      const Range sub{row, std::min(rows.end, row + step)};
+      for (int64_t col = cols.begin; col < cols.end; col += ops_.cols) {
+        if (symmetric_ && col + ops_.cols <= sub.begin) continue;  // below the diagonal: its mirror image is done
+        const Range panel{col, std::min(cols.end, col + ops_.cols)};
+        if (thin_) {
+          multiply_thin(w, sub, panel);
+        } else {
+          multiply(w, rows, sub, cols, panel);
+        }
+        for (int64_t i = sub.begin; i < sub.end; i += ops_.rows) {
+          filter(w, queues, rows, {i, std::min(sub.end, i + ops_.rows)}, cols, panel,
+                 w.tile.data() + (i - sub.begin) * ops_.cols);
+        }
+      }
+    }
+  }
+
+  void multiply(Worker<T>& w, Range rows, Range sub, Range cols, Range panel) {
+    const int64_t padded_rows = divide_up(rows.size(), ops_.rows) * ops_.rows;
+    const int64_t padded_cols = divide_up(cols.size(), ops_.cols) * ops_.cols;
+    for (int64_t depth = 0; depth < p_.d; depth += isa::kDepth) {
+      const int64_t count = std::min(isa::kDepth, p_.d - depth);
+      const float* a = w.a.data() + depth * padded_rows;
+      const float* b = w.b.data() + depth * padded_cols + (panel.begin - cols.begin) * count;
+      for (int64_t i = sub.begin; i < sub.end; i += ops_.rows) {
+        if (symmetric_ && panel.end <= i) continue;
+        ops_.multiply(a + (i - rows.begin) * count, b, count, depth > 0, w.tile.data() + (i - sub.begin) * ops_.cols);
+      }
+    }
+  }
+
+  void shift_rows(Worker<T>& w, Range rows) {
+    w.shifted.assign(divide_up(rows.size(), 4) * 4 * p_.d, 0.f);
+    for (int64_t i = 0; i < rows.size(); ++i) shift(rows.begin + i, w.shifted.data() + i * p_.d);
+  }
+
+  void multiply_thin(Worker<T>& w, Range rows, Range panel) {
+    for (int64_t col = panel.begin; col < panel.end; ++col) {
+      const float* point = centred_row(col);
+      for (int64_t i = 0; i < rows.size(); i += 4) {
+        ops_.thin(w.shifted.data() + i * p_.d, p_.d, point, ops_.cols,
+                  w.tile.data() + i * ops_.cols + (col - panel.begin));
+      }
+    }
+  }
+
+  __attribute__((noinline)) void filter(Worker<T>& w, Queues& queues, Range row_block, Range rows, Range col_block, Range cols,
+              const float* tile) {
+    if (symmetric_ && cols.end <= rows.begin) return;
+    float row_limit[isa::kMaxTileRows], col_limit[isa::kMaxTileCols];
+    uint32_t row_mask[isa::kMaxTileRows], col_mask[isa::kMaxTileRows];
+    std::fill_n(row_limit, ops_.rows, kNaN);
+    std::copy_n(queues.limit.data() + (rows.begin - queues.first), rows.size(), row_limit);
+    const float* row_floor = nullptr;
+    if (symmetric_) {
+      std::fill_n(col_limit, ops_.cols, kNaN);
+      std::copy_n(queues.limit.data() + cols.begin, cols.size(), col_limit);
+      row_floor = w.row_floor.data() + (rows.begin - row_block.begin);
+    }
+    const float* col_floor = w.col_floor.data() + (cols.begin - col_block.begin);
+    ops_.filter(tile, row_limit, col_floor, row_floor, col_limit, symmetric_, row_mask, col_mask);
+    for (int64_t r = 0; r < rows.size(); ++r, tile += ops_.cols) {
+      const int64_t row = rows.begin + r;
+      if (symmetric_ && cols.begin <= row) {  // a tile on the diagonal: each pair once, and a row is its own column once
+        const uint64_t from_diagonal = ~uint64_t(0) << (row - cols.begin);  // the shift can pass 32, not 64
+        row_mask[r] &= from_diagonal;
+        col_mask[r] &= from_diagonal << 1;
+      }
+      for (uint32_t mask = row_mask[r]; mask != 0; mask &= mask - 1) {
+        const int c = __builtin_ctz(mask);
+        push(w, queues, row, cols.begin + c, col_floor[c] - tile[c]);
+      }
+      for (uint32_t mask = col_mask[r]; mask != 0; mask &= mask - 1) {
+        const int c = __builtin_ctz(mask);
+        push(w, queues, cols.begin + c, row, row_floor[r] - tile[c]);
+      }
+    }
+  }
+
+  void push(Worker<T>& w, Queues& queues, int64_t row, int64_t id, float low) {
+    const int64_t slot = row - queues.first;
+    if (id == self_of(row)) return;
+    uint32_t count = queues.count[slot];
+    if (count == capacity_) {
+      count = make_room(w, row, queues.of(slot), count, queues.sqnorm[slot], queues.limit[slot]);
+      if (!(low <= queues.limit[slot])) id = -1;
+    }
+    queues.low[slot * capacity_ + count] = low;
+    queues.id[slot * capacity_ + count] = static_cast<uint32_t>(id);
+    queues.count[slot] = count + (id >= 0);
+  }
+
+  __attribute__((noinline))  // rare: its registers are not the loop's
+  uint32_t make_room(Worker<T>& w, int64_t row, Candidates queue, uint32_t count, float sqnorm, float& limit) {
+    count = tighten(queue, count, p_.k / 8, sqnorm, limit);
+    if (2 * count <= p_.k + capacity_) return count;
+    rank(w, row, queue, count);
+    W kth = 0;
+    for (int64_t i = 0; i < p_.k; ++i) {
+      queue.low[i] = w.ranked[i].low, queue.id[i] = w.ranked[i].id;
+      kth = std::max(kth, w.ranked[i].f);
+    }
+    limit = std::min(limit, limit_of(sqnorm, kth));
+    return static_cast<uint32_t>(p_.k);
+  }
+
+  // Lowers the limit to an upper bound that k (to k + slack) candidates reach, and drops those that cannot.
+  uint32_t tighten(Candidates queue, int64_t count, int64_t slack, float sqnorm, float& limit) const {
+    if (!(sqnorm <= kLargestNorm)) return static_cast<uint32_t>(count);
+    const int64_t unbounded = ops_.count_up_to(queue.low, count, std::numeric_limits<float>::lowest());
+    const int64_t wanted = p_.k + unbounded;
+    if (count <= wanted) return static_cast<uint32_t>(count);
+    const float kth = ops_.bisect(queue.low, count, wanted, slack);
+    float largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const float n = p_.sqnorm[queue.id[i]];
+      largest = std::max(largest, queue.low[i] <= kth && n <= kLargestNorm ? n : 0.f);
+    }
+    const float reached = kth + 2 * (slope_ * (largest + sqnorm) + 2 * underflow_);
+    const float tightened = limit = std::min(limit, std::nextafter(reached, kInf));
+    uint32_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const float low = queue.low[i];
+      const uint32_t id = queue.id[i];
+      queue.low[kept] = low, queue.id[kept] = id;
+      kept += low <= tightened;
+    }
+    return kept;
+  }
+
+  // ---- rank --------------------------------------------------------------------------------------------------------
+
+  // w.ranked[0, min(k, count)) = the candidates first in (f, index), in any order.
+  void rank(Worker<T>& w, int64_t row, Candidates queue, int64_t count) const {
+    w.f.resize(count), w.ranked.resize(count);
+    const W* q = widen_query(w, row);
+    rank_.distances(q, p_.points, p_.d, queue.id, count, w.buffer.data(), w.f.data());
+    for (int64_t i = 0; i < count; ++i) {
+      const W f = static_cast<W>(w.f[i]);
+      w.ranked[i] = {std::isnan(f) ? std::numeric_limits<W>::infinity() : f, queue.id[i], queue.low[i]};
+    }
+    if (count > p_.k) std::nth_element(w.ranked.begin(), w.ranked.begin() + (p_.k - 1), w.ranked.end());
+  }
+
+  const W* widen_query(Worker<T>& w, int64_t row) const {
+    const T* q = p_.queries + row * p_.d;
+    if constexpr (std::is_same_v<T, W>) {
+      return q;
+    } else {
+      w.buffer.resize(p_.d);
+      w.query.assign(q, q + p_.d);
+      return w.query.data();
+    }
+  }
+
+  void finish(std::vector<Queues>& queues, Range range) {
+    for_each(divide_up(range.size(), 32), [&](Worker<T>& w, int64_t task) {
+      const int64_t end = std::min(range.end, range.begin + task * 32 + 32);
+      for (int64_t row = range.begin + task * 32; row < end; ++row) finish_row(w, queues, row);
+    });
+  }
+
+  void finish_row(Worker<T>& w, const std::vector<Queues>& queues, int64_t row) {
+    const int64_t slot = row - queues[0].first;
+    const float sqnorm = queues[0].sqnorm[slot];
+    if (std::isnan(sqnorm)) return write_undefined(row);
+    float limit = kInf;
+    w.low.clear(), w.id.clear();
+    for (const Queues& queue : queues) {
+      const Candidates part = queue.of(slot);
+      w.low.insert(w.low.end(), part.low, part.low + queue.count[slot]);
+      w.id.insert(w.id.end(), part.id, part.id + queue.count[slot]);
+      limit = std::min(limit, queue.limit[slot]);
+    }
+    const Candidates merged{w.low.data(), w.id.data()};
+    const int64_t count = tighten(merged, w.low.size(), 0, sqnorm, limit);
+    if (count < p_.k) {
+      shortage_ = true;
+      return;
+    }
+    rank(w, row, merged, count);
+    std::sort(w.ranked.begin(), w.ranked.begin() + p_.k);
+    int64_t* index = p_.index + row * p_.k;
+    for (int64_t i = 0; i < p_.k; ++i) {
+      p_.sqdist[row * p_.k + i] = w.ranked[i].f;
+      index[i] = w.ranked[i].id;
+    }
+    if (p_.bandwidth) write_density(w, row, index);
+  }
+
+  // log p = logsumexp_i(log_weight_i - f_i / 2h^2) - log k and its gradient sum_i w_i (z_i - q) / h^2.
+  void write_density(Worker<T>& w, int64_t row, const int64_t* index) const {
+    const double h = p_.bandwidth[row];
+    w.weight.resize(p_.k), w.sum.resize(p_.d);
+    double largest = -std::numeric_limits<double>::infinity(), total = 0;
+    for (int64_t i = 0; i < p_.k; ++i) {
+      const double prior = p_.log_weight ? double(p_.log_weight[index[i]]) : 0.0;
+      w.weight[i] = prior - 0.5 * (double(p_.sqdist[row * p_.k + i]) / h / h);  // h * h could underflow
+      largest = std::max(largest, w.weight[i]);
+    }
+    W* score = p_.score + row * p_.d;
+    if (!(largest > -std::numeric_limits<double>::infinity())) {
+      p_.log_density[row] = static_cast<W>(largest);
+      std::fill_n(score, p_.d, std::numeric_limits<W>::quiet_NaN());
+      return;
+    }
+    for (double& weight : w.weight) total += weight = std::exp(weight - largest);
+    p_.log_density[row] = static_cast<W>(largest + std::log(total) - std::log(double(p_.k)));
+    rank_.weighted(widen_query(w, row), p_.points, p_.d, index, w.weight.data(), p_.k, w.sum.data());
+    for (int64_t i = 0; i < p_.d; ++i) score[i] = static_cast<W>(w.sum[i] / total / h / h);
+  }
+
+  void write_undefined(int64_t row) const {  // a query with NaN or inf: NaN, and the k lowest available rows
+    for (int64_t i = 0, id = 0; i < p_.k && id < p_.n; ++id) {
+      if (id != self_of(row)) p_.index[row * p_.k + i++] = id;
+    }
+    const W nan = std::numeric_limits<W>::quiet_NaN();
+    std::fill_n(p_.sqdist + row * p_.k, p_.k, nan);
+    if (p_.bandwidth == nullptr) return;
+    p_.log_density[row] = nan;
+    std::fill_n(p_.score + row * p_.d, p_.d, nan);
+  }
+
+  const Problem<T>& p_;
+  const isa::Level level_;
+  const isa::TileOps ops_;
+  const isa::RowOps<T> rank_;
+  std::vector<Worker<T>> workers_;
+  std::vector<float> zeros_;
+  int64_t block_ = 0, capacity_ = 0;
+  bool symmetric_ = false, thin_ = false;
+  float slope_ = 0, underflow_ = 0;  // B and tau
+  std::atomic<bool> shortage_{false};
+};
+
+// ---- operators -----------------------------------------------------------------------------------------------------
+
+struct Inputs {
+  const Tensor &queries, &points, &centre, &centred, &sqnorm;
+  const std::optional<Tensor>&self_index, &bound;
+  int64_t k;
+};
+
+ScalarType result_type(ScalarType input) { return input == ScalarType::Double ? input : ScalarType::Float; }
+
+void check(const char* op, const Inputs& in) {
+  LT_CHECK(in.queries.dim() == 2 && in.points.dim() == 2, op, "queries and points must be matrices");
+  const int64_t q = in.queries.size(0), n = in.points.size(0), d = in.points.size(1);
+  check_matrix(op, "queries", in.queries, q, d, in.points.scalar_type());
+  check_matrix(op, "points", in.points, n, d, in.points.scalar_type());
+  check_vector(op, "centre", in.centre, d, ScalarType::Float);
+  check_matrix(op, "centred", in.centred, n, d, ScalarType::Float);
+  check_vector(op, "sqnorm", in.sqnorm, n, ScalarType::Float);
+  if (in.self_index) check_vector(op, "self_index", *in.self_index, q, ScalarType::Long);
+  if (in.bound) check_vector(op, "bound", *in.bound, q, result_type(in.points.scalar_type()));
+  LT_CHECK(d >= 1, op, "points must have at least one column");
+  LT_CHECK(n <= int64_t(UINT32_MAX), op, "at most 2^32 - 1 bank rows on the CPU; got ", n);
+  LT_CHECK(in.k >= 1 && in.k <= n, op, "k must be in [1, N]; got k=", in.k, " with N=", n);
+}
+
+template <class T>
+const T* data(const std::optional<Tensor>& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+void search(const Inputs& in, Tensor& sqdist, Tensor& index, const Tensor* bandwidth,
+            const std::optional<Tensor>& log_weight, Tensor* log_density, Tensor* score) {
+  using W = Wide<T>;
+  Problem<T> p{};
+  p.queries = static_cast<const T*>(in.queries.const_data_ptr());
+  p.points = static_cast<const T*>(in.points.const_data_ptr());
+  p.centre = static_cast<const float*>(in.centre.const_data_ptr());
+  p.centred = static_cast<const float*>(in.centred.const_data_ptr());
+  p.sqnorm = static_cast<const float*>(in.sqnorm.const_data_ptr());
+  p.self_index = data<int64_t>(in.self_index);
+  p.bound = data<W>(in.bound);
+  p.q = in.queries.size(0), p.n = in.points.size(0), p.d = in.points.size(1), p.k = in.k;
+  p.sqdist = static_cast<W*>(sqdist.mutable_data_ptr());
+  p.index = static_cast<int64_t*>(index.mutable_data_ptr());
+  if (bandwidth) {
+    p.bandwidth = static_cast<const W*>(bandwidth->const_data_ptr());
+    p.log_weight = data<W>(log_weight);
+    p.log_density = static_cast<W*>(log_density->mutable_data_ptr());
+    p.score = static_cast<W*>(score->mutable_data_ptr());
+  }
+  if (p.q > 0) Search<T>(p).run();
+}
+
+void dispatch(const char* op, const Inputs& in, Tensor& sqdist, Tensor& index, const Tensor* bandwidth,
+              const std::optional<Tensor>& log_weight, Tensor* log_density, Tensor* score) {
+  switch (in.points.scalar_type()) {
+    case ScalarType::Float: return search<float>(in, sqdist, index, bandwidth, log_weight, log_density, score);
+    case ScalarType::Double: return search<double>(in, sqdist, index, bandwidth, log_weight, log_density, score);
+    case ScalarType::Half: return search<Half>(in, sqdist, index, bandwidth, log_weight, log_density, score);
+    case ScalarType::BFloat16: return search<BFloat16>(in, sqdist, index, bandwidth, log_weight, log_density, score);
+    default: LT_CHECK(false, op, "expected fp16, bf16, fp32 or fp64 points");
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> knn_cpu(const Tensor& queries, const Tensor& points, const Tensor& centre,
+                                   const Tensor& centred, const Tensor& sqnorm, const std::optional<Tensor>& self_index,
+                                   const std::optional<Tensor>& bound, int64_t k) {
+  const Inputs in{queries, points, centre, centred, sqnorm, self_index, bound, k};
+  check("knn", in);
+  const int64_t q = queries.size(0);
+  Tensor sqdist = torch::stable::new_empty(points, {q, k}, result_type(points.scalar_type()));
+  Tensor index = torch::stable::new_empty(points, {q, k}, ScalarType::Long);
+  dispatch("knn", in, sqdist, index, nullptr, std::nullopt, nullptr, nullptr);
+  return {sqdist, index};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> knn_kde_cpu(const Tensor& queries, const Tensor& points,
+                                                       const Tensor& centre, const Tensor& centred,
+                                                       const Tensor& sqnorm, const std::optional<Tensor>& self_index,
+                                                       const std::optional<Tensor>& bound, int64_t k,
+                                                       const Tensor& bandwidth,
+                                                       const std::optional<Tensor>& log_weight) {
+  const Inputs in{queries, points, centre, centred, sqnorm, self_index, bound, k};
+  check("knn_kde", in);
+  const int64_t q = queries.size(0), n = points.size(0), d = points.size(1);
+  const ScalarType type = result_type(points.scalar_type());
+  check_vector("knn_kde", "bandwidth", bandwidth, q, type);
+  if (log_weight) check_vector("knn_kde", "log_weight", *log_weight, n, type);
+  Tensor log_density = torch::stable::new_empty(points, {q}, type), score = torch::stable::new_empty(points, {q, d}, type);
+  Tensor sqdist = torch::stable::new_empty(points, {q, k}, type);
+  Tensor index = torch::stable::new_empty(points, {q, k}, ScalarType::Long);
+  dispatch("knn_kde", in, sqdist, index, &bandwidth, log_weight, &log_density, &score);
+  return {log_density, score, sqdist, index};
+}
+
+}  // namespace ltkernels
