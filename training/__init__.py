@@ -1,0 +1,1 @@
+"""Training on top of ltkernels: data, networks, one loop, one file a method. `python -m training --help`."""

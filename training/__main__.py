@@ -1,0 +1,103 @@
+"""`python -m training <command>`, or `ltkernels <command>` where the package is installed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+COMMANDS = {
+    "dgd": "train DGD (density-gradient guided diffusion) and compare it with k-means and with the same run without guidance",
+    "figures": "tables and pictures over several seeds: figures dgd",
+    "fetch": "download a data set for a machine without network",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 for a wrong call, 130 (143) after SIGINT (SIGTERM)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: ltkernels <command> [options], or python -m training <command> [options]\n")
+        print("\n".join(f"  {name:<9}{text}" for name, text in COMMANDS.items()))
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        return _complain(f"ltkernels: the command must be one of {', '.join(COMMANDS)}; got {name!r}")
+    try:
+        return {"dgd": _dgd, "figures": _figures, "fetch": _fetch}[name](rest)
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        return _complain(str(error))
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _dgd(arguments: list[str]) -> int:
+    from . import config, run
+
+    settings, preset = parse(arguments, "dgd", config.DGDConfig, config.DGD_PRESETS)
+    folder = config.run_folder(settings, "dgd")
+    return stoppable(lambda: _show(run.table, run.dgd(settings, preset), folder), f"python -m training dgd --out {folder} --resume")
+
+
+def _show(table: Callable, report: dict, folder) -> None:
+    print(table(report))
+    print(f"{report['dataset']}, {report['n']} rows, {report['seconds']:.0f} s; everything else is in {folder}")
+
+
+def stoppable(job: Callable[[], None], again: str) -> int:
+    from .loop import Interrupted
+
+    try:
+        job()
+    except Interrupted as stop:
+        print(f"\n{stop}; its checkpoint is written. Go on with: {again}", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print(f"\nstopped between two stages; what was done is kept. Go on with: {again}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(arguments: list[str], command: str, kind: type, presets: dict):
+    """Options over a preset; with --resume over the settings of the run folder, so that nothing has to be said twice."""
+    import tyro
+
+    from . import config
+
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--preset", default=None)
+    chosen, rest = chooser.parse_known_args(arguments)
+    name = chosen.preset or "default"
+    if name not in presets:
+        raise ValueError(f"{command}: --preset must be one of {', '.join(presets)}; got {name!r}")
+    preset = presets[name]
+    text = f"{kind.__doc__}\n\nPresets: --preset {{{','.join(presets)}}}."
+    settings = tyro.cli(kind, default=preset, args=rest, prog=f"python -m training {command}", description=text)
+    stored = config.run_folder(settings, command) / "config.json"
+    if settings.resume and stored.is_file() and chosen.preset is None:
+        settings = tyro.cli(kind, default=config.read(stored, kind), args=rest, prog=f"python -m training {command}")
+    return settings, preset
+
+
+def _figures(arguments: list[str]) -> int:
+    from . import figures
+
+    return figures.main(arguments)
+
+
+def _fetch(arguments: list[str]) -> int:
+    from . import data
+
+    parser = argparse.ArgumentParser(prog="python -m training fetch", description=COMMANDS["fetch"])
+    parser.add_argument("name", help=", ".join(data.CIFAR))
+    parser.add_argument("--root", default="data", help="folder for data sets")
+    options = parser.parse_args(arguments)
+    print(data.fetch(options.name, options.root))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""Settings: frozen dataclasses that tyro turns into options, each value with its provenance and its limits.
+
+A field is declared with where its default comes from: `paper` (stated there), `code` (read in the papers' public code), `ours` (the paper
+is silent or contradicts itself). config.json records value and provenance of every field; values that a preset changed are `ours`, values
+given on the command line are `user`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+PROVENANCE = ("paper", "code", "ours")
+BANDWIDTHS = ("knn-median", "scott")  # rules of ltkernels.knn_bandwidth
+_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "ge": (">=", lambda value, limit: value >= limit),
+    "gt": (">", lambda value, limit: value > limit),
+    "lt": ("<", lambda value, limit: value < limit),
+}
+
+
+def _setting(provenance: str, default: Any, **metadata: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"provenance": provenance, **metadata})
+
+
+def paper(default: Any, **limits: float) -> Any:
+    return _setting("paper", default, **limits)
+
+
+def code(default: Any, **limits: float) -> Any:
+    return _setting("code", default, **limits)
+
+
+def ours(default: Any, **limits: float) -> Any:
+    return _setting("ours", default, **limits)
+
+
+def runtime(default: Any, **limits: Any) -> Any:
+    """A field that says how to run, not what: it is no part of a run's identity."""
+    return _setting("ours", default, runtime=True, **limits)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the run of any method has."""
+
+    dataset: str = ours("digits-lt")  # digits-lt, cifar10-lt, cifar100-lt, folder[-lt]:PATH or features[-lt]:FILE.npz
+    imbalance_ratio: float = paper(10.0, ge=1)  # head : tail of the -lt data sets (Table 5 has IR = 10)
+    profile: Literal["exp", "step", "uniform"] = code("exp")  # shape of the long tail
+    indices: str | None = ours(None)  # file with the rows to use, instead of choosing them
+    image_size: int = ours(32, ge=1)  # side of the images of a folder
+    holdout: float = ours(0.0, ge=0, lt=1)  # share of every class that is kept from training and clustered at the end
+    seed: int = ours(0, ge=0)  # of weights, batches, views, noise and the choice of rows
+    root: str = runtime("data")  # folder with downloaded data sets
+    out: str | None = runtime(None)  # run folder; default: runs/METHOD-DATASET-SEED
+    device: Literal["cpu", "cuda"] = runtime("cpu")
+    resume: bool = runtime(False, once=True)  # go on with the run in --out
+    overwrite: bool = runtime(False, once=True)  # delete the run in --out and start again
+    progress: bool = runtime(True)  # progress bars
+    checkpoint_every: int = runtime(200, ge=1)  # steps between checkpoints; an interrupt writes one in any case
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+@dataclass(frozen=True)
+class DGDConfig(RunConfig):
+    """DGD: density-gradient guided diffusion for long-tailed clustering (supplement 000).
+
+    Defaults follow the paper where it speaks; G1 to G14 are the points where it does not, see training/README.md.
+    """
+
+    # Latent space (G10).
+    encoder: Literal["auto", "cnn", "resnet18", "mlp", "identity"] = ours("auto")
+    """auto: cnn up to 16 pixels, resnet18 above, identity for features (nothing to train: stage 1 falls away)"""
+    latent_dim: int = ours(32, ge=1)  # d; features keep their own width with the identity encoder
+    latent_norm: Literal["l2", "whiten", "none"] = ours("whiten")
+    """whiten: equal spread in every direction, which the isotropic kernel (A.3) and the unit noise presume; l2: norm sqrt(d)"""
+
+    # The three stages (appendix C).
+    encoder_epochs: int = paper(50, ge=0)  # stage 1: InfoNCE on two views
+    diffusion_epochs: int = paper(100, ge=0)  # stage 2: denoising on the frozen encoder's latents
+    joint_epochs: int = paper(200, ge=0)  # stage 3: both networks
+    refresh_every: int = paper(20, ge=1)  # epochs of stage 3 between refreshes of the density field
+    batch_size: int = ours(128, ge=2)
+    lr: float = ours(1e-3, gt=0)  # of Adam, falling to zero along a cosine in every stage
+    joint_lr: float = ours(2e-4, gt=0)  # of the encoder in stage 3: slow, so that denoiser and density field can follow
+
+    # Latent diffusion.
+    timesteps: int = code(1000, ge=1)  # T
+    beta_start: float = code(1e-4, gt=0, lt=1)
+    beta_end: float = code(0.02, gt=0, lt=1)
+    sample_steps: int = ours(25, ge=1)  # reverse steps of one generation, respaced DDPM (G11)
+    clip_x0: bool = ours(True)  # predicted clean latents stay in the box of the real ones
+    denoiser_width: int = ours(256, ge=1)
+    noise_draws: int = ours(4, ge=1)  # noise levels drawn for each latent of a batch
+
+    # Density field.
+    k: int = paper(64, ge=1)  # neighbours of the kNN-KDE (A.13)
+    bandwidth: str = ours("knn-median")  # knn-median, scott or a number (G5)
+    kde_kernel_norm: Literal["peak", "density"] = ours("peak")  # density over- or underflows in many dimensions (G3)
+    rho: float | None = ours(None, ge=0)  # rho of A.4, absolute; when given it replaces --rho-quantile (G4)
+    rho_quantile: float = ours(0.05, ge=0, lt=1)  # rho: this quantile of the real latents' leave-one-out density (G4)
+
+    # Guidance.
+    guidance_scale: float = ours(0.1, ge=0)  # c: norm of shift / noise of a step at t = T and a typical latent (G14); 0: off
+    eta0: float | None = ours(None, ge=0)  # eta_0 of A.6, absolute; when given it replaces --guidance-scale; 0: off
+    eta_schedule: Literal["linear", "cosine", "const"] = ours("linear")  # eta_t / eta_0 over t / T: strong early (G8)
+    eta_power: float = ours(1.0, gt=0)  # p of (t / T)^p in the linear schedule (G8)
+    max_shift: float = ours(1.0, gt=0)  # cap of shift / noise in every row (G8)
+    density_at: Literal["zt", "mu", "x0hat"] = ours("x0hat")  # where grad U is taken: A.11, A.10, the clean scale (G7)
+    density_query: Literal["recompute", "index", "nearest"] = ours("recompute")  # how grad U is looked up (G6)
+
+    # Joint stage.
+    lam: float = ours(1.0, ge=0)  # lambda of L_DM + lambda L_InfoNCE (G10)
+    tau: float = ours(0.95, ge=0, lt=1)  # pseudo-labels need P_max > tau (G10)
+    infonce_temperature: float = ours(0.5, gt=0)  # (G10)
+    head_dim: int = ours(64, ge=1)  # width of the projection head that InfoNCE sees (SimCLR)
+    encoder_learns_from: Literal["both", "infonce"] = paper("both")  # losses that reach the encoder in stage 3 (Alg. 1)
+    gen_every: int = ours(30, ge=1)  # steps between reverse samplings; 1 is Alg. 1 to the letter (G11)
+    gen_per_refresh: int = ours(512, ge=1)  # latents generated each time (G11)
+    clusters: int | None = ours(None, ge=1)  # default: as many as classes
+    clustering: Literal["kmeans", "gmm"] = ours("kmeans")  # soft k-means, or a spherical mixture's posterior (G10)
+    cluster_temperature: float = ours(0.3, gt=0)  # T of softmax(-dist^2 / T) in mean squared distances to the own centre
+    cluster_on: Literal["real", "union"] = paper("union")  # Alg. 1 clusters real and generated latents together (G14)
+    gen_weight: float = ours(0.1, ge=0)
+    """weight in clustering of a generated latent, where a real one has 1: with more they form clusters of their own (G14)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bandwidth not in BANDWIDTHS:
+            positive_number("bandwidth", self.bandwidth, "knn-median, scott or a number > 0")
+        if self.sample_steps > self.timesteps:
+            raise ValueError(f"config: sample_steps must be <= timesteps={self.timesteps}; got {self.sample_steps}")
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"config: beta_start must be <= beta_end={self.beta_end}; got {self.beta_start}")
+
+    @property
+    def guided(self) -> bool:
+        return (self.guidance_scale if self.eta0 is None else self.eta0) > 0
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_fields(config: RunConfig) -> None:
+    """Types, choices and limits as declared; tyro checks the first two for the command line, this does it for every caller."""
+    hints = typing.get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if not _fits(value, hints[item.name]):
+            raise TypeError(f"config: {item.name} must be {_spelled(hints[item.name])}; got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"config: {item.name} must be finite; got {value!r}")
+        for limit, (sign, holds) in _LIMITS.items():
+            if value is not None and limit in item.metadata and not holds(value, item.metadata[limit]):
+                raise ValueError(f"config: {item.name} must be {sign} {item.metadata[limit]}; got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _spelled(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    return getattr(hint, "__name__", None) or str(hint)
+
+
+def positive_number(name: str, text: str, expected: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(f"config: {name} must be {expected}; got {text!r}")
+    return value
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The fields that make a run what it is."""
+    return {item.name: getattr(config, item.name) for item in dataclasses.fields(config) if "runtime" not in item.metadata}
+
+
+def resolved(config: RunConfig, preset: RunConfig) -> dict[str, dict[str, Any]]:
+    """Every field as {"value", "provenance"}: as declared, `ours` where the preset differs, `user` where the command line does."""
+    out = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        provenance = item.metadata["provenance"]
+        if value != item.default:
+            provenance = "ours" if value == getattr(preset, item.name) else "user"
+        out[item.name] = {"value": value, "provenance": provenance}
+    return out
+
+
+def read(path: Path, kind: type[RunConfig]) -> RunConfig:
+    """The config of a run folder's config.json, but for --resume and --overwrite, which speak of one call only."""
+    once = [item.name for item in dataclasses.fields(kind) if "once" in item.metadata]
+    try:
+        settings = json.loads(path.read_text())["settings"]
+        values = {name: entry["value"] for name, entry in settings.items() if name not in once}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"config: {path} is not the config.json of a run: {error!r}") from error
+    return from_mapping(values, kind, where=str(path))
+
+
+def from_mapping(values: Mapping[str, Any], kind: type[RunConfig], where: str = "settings") -> RunConfig:
+    """A config from plain values; an unknown key is an error, a missing one takes its default."""
+    known = [item.name for item in dataclasses.fields(kind)]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(f"config: {where} may hold {', '.join(known)}; got the unknown key {', '.join(unknown)}")
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{error} (in {where})") from error
+
+
+def run_folder(config: RunConfig, method: str) -> Path:
+    """--out, or runs/<method>-<dataset>-<seed> with the data set's path reduced to its last part."""
+    if config.out is not None:
+        return Path(config.out)
+    kind, _, path = config.dataset.partition(":")
+    name = f"{kind}-{Path(path).stem}" if path else kind
+    return Path("runs") / f"{method}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}-{config.seed}"
+
+
+def differences(config: RunConfig, other: RunConfig) -> list[str]:
+    """`name: this != that` for every field of the runs' identities that differs."""
+    mine, theirs = identity(config), identity(other)
+    return [f"{name}: {mine[name]!r} != {theirs[name]!r}" for name in mine if mine[name] != theirs[name]]
+
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+
+DGD_PRESETS = {
+    "default": DGDConfig(),
+    "short": DGDConfig(encoder_epochs=15, diffusion_epochs=60, joint_epochs=10, refresh_every=5, gen_every=15, gen_per_refresh=256),
+}

@@ -1,0 +1,116 @@
+"""The forward process and one reverse step of DDPM/DDIM, shared by every method, and a sampler that takes guidance as a function.
+
+Time is the papers' t in {1..T}; t = 0 is clean data (alpha_bar_0 = 1), so no step is special. The schedule is kept in float64 and cast
+where it meets data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+Shift = Callable[[Tensor, Tensor, float, Tensor, float], Tensor]  # (z_t, mu, var, x0hat, t / T) -> what is added to mu
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1) in the dtype and on the device of `like`."""
+    return values.to(like).reshape(-1, *[1] * (like.dim() - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Diffusion:
+    """Linear betas from beta_start to beta_end over `steps` times: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps."""
+
+    steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    alpha_bar: Tensor = field(init=False)  # (steps + 1,) float64, alpha_bar[0] = 1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                "Diffusion: expected steps >= 1 and 0 < beta_start <= beta_end < 1; "
+                f"got steps={self.steps}, beta_start={self.beta_start}, beta_end={self.beta_end}"
+            )
+        betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
+        alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)])
+        object.__setattr__(self, "alpha_bar", alpha_bar)
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """q(z_t | z_0) for times t (B,)."""
+        alpha_bar = self.alpha_bar[t.cpu()]
+        return _column(alpha_bar.sqrt(), x0) * x0 + _column((1 - alpha_bar).sqrt(), x0) * eps
+
+    def predict_x0(self, z_t: Tensor, eps: Tensor, t: int) -> Tensor:
+        alpha_bar = float(self.alpha_bar[t])
+        return (z_t - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
+
+    def reverse_variance(self, t: int, s: int, eta: float = 1.0) -> float:
+        """Sigma of the step t -> s: eta^2 (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s). eta = 1 is the DDPM posterior, 0 is DDIM."""
+        at, as_ = float(self.alpha_bar[t]), float(self.alpha_bar[s])
+        return eta**2 * (1 - as_) / (1 - at) * (1 - at / as_)
+
+    def reverse(
+        self, z_t: Tensor, eps: Tensor, t: int, s: int, eta: float = 1.0, clip: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, float]:
+        """(x0hat, mean, variance) of the step t -> s, any 0 <= s < t; with `clip` = (low, high), x0hat stays between them.
+
+        mean = sqrt(abar_s) x0hat + sqrt(1 - abar_s - Sigma) eps. With s = t - 1 and eta = 1 this is A.2 of 000,
+        (z_t - (1 - alpha_t) / sqrt(1 - abar_t) eps) / sqrt(alpha_t); the supplement prints sqrt(1 - alpha_t), a typo.
+        """
+        x0 = self.predict_x0(z_t, eps, t)
+        if clip is not None:
+            alpha_bar = float(self.alpha_bar[t])
+            x0 = x0.clamp(*clip)
+            eps = (z_t - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)  # what would have led here from the clipped x0hat
+        variance = self.reverse_variance(t, s, eta)
+        alpha_bar = float(self.alpha_bar[s])
+        mean = math.sqrt(alpha_bar) * x0 + math.sqrt(max(1 - alpha_bar - variance, 0.0)) * eps
+        return x0, mean, variance
+
+    def times(self, count: int) -> list[int]:
+        """T = t_0 > t_1 > ... > t_count = 0, evenly spaced: the times that `count` reverse steps visit."""
+        if not 1 <= count <= self.steps:
+            raise ValueError(f"Diffusion.times: count must be in [1, {self.steps}]; got {count}")
+        return [round(self.steps * (count - i) / count) for i in range(count + 1)]
+
+
+def denoising_loss(
+    diffusion: Diffusion, denoise: Callable[[Tensor, Tensor], Tensor], x0: Tensor, rng: torch.Generator, draws: int = 1
+) -> Tensor:
+    """Mean squared error of the predicted noise at t uniform in {1..T}, `draws` independent (t, eps) for each row."""
+    x0 = x0.repeat(draws, *[1] * (x0.dim() - 1))
+    t = torch.randint(1, diffusion.steps + 1, (len(x0),), generator=rng, device=x0.device)
+    eps = torch.randn(x0.shape, generator=rng, device=x0.device, dtype=x0.dtype)
+    return F.mse_loss(denoise(diffusion.add_noise(x0, eps, t), t), eps)
+
+
+def sample(
+    diffusion: Diffusion,
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    z: Tensor,
+    count: int,
+    rng: torch.Generator,
+    *,
+    shift: Shift | None = None,
+    eta: float = 1.0,
+    clip: tuple[Tensor, Tensor] | None = None,
+    progress: str | None = None,
+) -> Tensor:
+    """Reverse diffusion from z = z_T in `count` steps. `denoise(z_t, t)` answers eps; `shift` is added to each step's mean, and the
+    covariance stays what it was (A.10, A.11). The noise drawn does not depend on `shift`: with the same rng two calls are paired."""
+    times = diffusion.times(count)
+    for t, s in tqdm(list(zip(times[:-1], times[1:], strict=True)), desc=progress, leave=False, disable=progress is None):
+        eps = denoise(z, torch.full((len(z),), t, device=z.device))
+        x0, mean, variance = diffusion.reverse(z, eps, t, s, eta, clip)
+        if shift is not None:
+            mean = mean + shift(z, mean, variance, x0, t / diffusion.steps)
+        noise = torch.randn(z.shape, generator=rng, device=z.device, dtype=z.dtype)
+        z = mean + math.sqrt(variance) * noise
+    return z

@@ -1,0 +1,152 @@
+"""The training loop: one function for every stage of every method.
+
+Everything random in step n is drawn from a generator seeded with (seed, rank, stage, n): no generator state is ever saved, and a run
+that was stopped and resumed ends with the bits of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import checkpoint
+
+
+def generator(seed: int, *key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose stream is a function of (seed, key)."""
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in (seed, *key)]
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> 1))
+
+
+def batch_rows(num_rows: int, batch_size: int, step: int, seed: int, stage: str) -> Tensor:
+    """Rows of batch `step`: every epoch is a fresh permutation cut into ceil(N / batch_size) nearly equal parts."""
+    parts = batches_per_epoch(num_rows, batch_size)
+    order = torch.randperm(num_rows, generator=generator(seed, stage, "epoch", step // parts))
+    return torch.tensor_split(order, parts)[step % parts]
+
+
+def batches_per_epoch(num_rows: int, batch_size: int) -> int:
+    return -(-num_rows // batch_size)
+
+
+class Stage:
+    """One optimisation: what a method hands to `train`. Subclasses set these and define `loss`."""
+
+    name: str
+    steps: int
+    modules: dict[str, nn.Module]  # saved with every checkpoint
+    lr: dict[str, float]  # first learning rate of each module that the optimiser moves; it falls to zero along a cosine
+    cache: dict[str, Tensor]  # whatever else the next step depends on
+
+    def loss(self, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of step `step`, and 0-dim figures for the log."""
+        raise NotImplementedError
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the run after a checkpoint was written."""
+
+    def __init__(self, signum: int, stage: str, step: int):
+        super().__init__(f"stopped in stage {stage} after step {step}")
+        self.signum = signum
+
+
+def train(
+    stage: Stage, folder: Path, *, seed: int, rank: int = 0, checkpoint_every: int = 200, clip: float = 1.0, progress: bool = True
+) -> None:
+    """Run `stage` to its last step from wherever its newest checkpoint in `folder` left it, or from the start."""
+    groups = [{"params": list(stage.modules[name].parameters()), "lr": lr} for name, lr in stage.lr.items()]
+    params = [p for group in groups for p in group["params"]]
+    if stage.steps == 0:
+        return
+    optimiser = torch.optim.Adam(groups)
+    done = checkpoint.restore(folder, stage.name, stage.modules, optimiser, stage.cache)
+    log = Log(folder / "log.jsonl", stage.name, done)
+    device = params[0].device
+
+    with noted_signals() as received, tqdm(total=stage.steps, initial=done, desc=stage.name, disable=not progress) as bar:
+        for step in range(done, stage.steps):
+            for group, lr in zip(optimiser.param_groups, stage.lr.values(), strict=True):
+                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+            loss, figures = stage.loss(step, generator(seed, rank, stage.name, step, device=device))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(params, clip)
+            optimiser.step()
+            log.add(step, {"loss": loss, **figures})
+            bar.update()
+
+            last = step + 1 == stage.steps
+            if last or received or (step + 1) % checkpoint_every == 0:
+                log.flush()
+                checkpoint.save(folder, stage.name, step + 1, stage.modules, optimiser, stage.cache)
+            if received and not last:
+                raise Interrupted(received[0], stage.name, step + 1)
+    if received:  # came during the last step: the stage is complete, the run is not
+        raise Interrupted(received[0], stage.name, stage.steps)
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A list that receives SIGINT and SIGTERM instead of the process; a second one of the same kind acts as it always does."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(signum: int, frame: object) -> None:
+        received.append(signum)
+        signal.signal(signum, previous[signum])
+
+    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+class Log:
+    """log.jsonl, one line a step. Figures stay tensors until `flush`, so that a step never waits for the device."""
+
+    def __init__(self, path: Path, stage: str, done: int):
+        self.path, self.stage, self.pending = path, stage, []
+        rows = [row for row in read_log(path) if row["stage"] != stage or row["step"] < done]  # the rest will be run again
+        with checkpoint.replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def add(self, step: int, figures: dict[str, Tensor]) -> None:
+        self.pending.append((step, {name: value.detach() for name, value in figures.items()}))
+
+    def flush(self) -> None:
+        with open(self.path, "a") as file:
+            for step, figures in self.pending:
+                values = torch.stack([value.double() for value in figures.values()]).tolist()
+                row = {"stage": self.stage, "step": step, **dict(zip(figures, values, strict=True))}
+                if not np.isfinite(row["loss"]):
+                    raise FloatingPointError(f"train: the loss of stage {self.stage} is {row['loss']} in step {step}")
+                file.write(json.dumps(row) + "\n")
+        self.pending.clear()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,5 @@
+"""One file a method. What `python -m training <method>` runs is chosen by name in `__main__`, nowhere else."""
+
+from .dgd import DensityGuidance
+
+__all__ = ["DensityGuidance"]

@@ -1,0 +1,123 @@
+"""Small networks: encoders into the latent space, the latents' normalisation, and an MLP that predicts noise in latent space."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ENCODERS = ("auto", "cnn", "resnet18", "mlp", "identity")
+LATENT_NORMS = ("l2", "whiten", "none")
+
+
+class SmallCNN(nn.Module):
+    """Three 3x3 convolutions for images of 8 to 16 pixels. GroupNorm: a latent does not depend on the batch it was encoded with, and
+    training and evaluation are the same function."""
+
+    def __init__(self, channels: int, dim: int, width: int = 24):
+        super().__init__()
+        shapes = [(channels, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)]  # in, out, stride
+        self.body = nn.Sequential(
+            *[nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.GroupNorm(8, o), nn.ReLU()) for i, o, stride in shapes]
+        )
+        self.out = nn.LazyLinear(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.body(x).flatten(1))
+
+
+def resnet18(channels: int, dim: int) -> nn.Module:
+    """torchvision's ResNet-18 with the 3x3 stem and no pooling, as used on 32-pixel images."""
+    from torchvision.models import resnet18 as build
+
+    net = build(num_classes=dim, norm_layer=lambda c: nn.GroupNorm(8, c))
+    net.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
+    net.maxpool = nn.Identity()
+    return net
+
+
+def mlp(inputs: int, dim: int, width: int = 256) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, dim))
+
+
+def build_encoder(kind: str, example: Tensor, dim: int) -> nn.Module:
+    """The encoder E_phi for rows like `example` (1, ...). auto: cnn up to 16 pixels, resnet18 above, identity for features."""
+    image = example.dim() == 4
+    if kind == "auto":
+        kind = "identity" if not image else "cnn" if example.shape[-1] <= 16 else "resnet18"
+    if image != (kind in ("cnn", "resnet18")):
+        raise ValueError(f"encoder: {kind} does not fit {'images' if image else 'features'} of shape {tuple(example.shape[1:])}")
+    if kind == "identity":
+        return nn.Identity()
+    if kind == "mlp":
+        return mlp(example.shape[1], dim)
+    net = {"cnn": SmallCNN, "resnet18": resnet18}[kind](example.shape[1], dim)
+    net(example)  # gives the lazy layer its shape
+    return net
+
+
+class LatentSpace(nn.Module):
+    """z = norm(E_phi(x)).
+
+    l2: every latent has norm sqrt(d), unit mean square per coordinate as the diffusion's unit noise presumes; no statistics that go
+    stale while the encoder moves. whiten: ZCA whitening by the last `fit`; unlike PCA it turns no axis when it is fitted
+    again. none: as the encoder says.
+    """
+
+    def __init__(self, encoder: nn.Module, norm: str, example: Tensor):
+        super().__init__()
+        self.encoder, self.norm = encoder, norm
+        with torch.no_grad():
+            self.dim = encoder(example).shape[1]
+        self.register_buffer("mean", example.new_zeros(self.dim))
+        self.register_buffer("matrix", torch.eye(self.dim, dtype=example.dtype, device=example.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.encoder(x)
+        if self.norm == "l2":
+            return F.normalize(h, dim=1) * math.sqrt(h.shape[1])
+        return (h - self.mean) @ self.matrix
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Whitening of these rows; does nothing for the other norms."""
+        if self.norm != "whiten":
+            return
+        h = torch.cat([self.encoder(part) for part in x.split(1024)]).double()
+        centred = h - h.mean(0)
+        values, vectors = torch.linalg.eigh(centred.T @ centred / max(len(h) - 1, 1))
+        scale = values.clamp(min=1e-4 * values.max().clamp(min=1e-30)).rsqrt()
+        self.mean.copy_(h.mean(0))
+        self.matrix.copy_((vectors * scale) @ vectors.T)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents of a whole data set, in pieces, without gradients."""
+        return torch.cat([self(part) for part in x.split(1024)])
+
+
+class Denoiser(nn.Module):
+    """eps_theta(z_t, t) for latents (B, d): a residual MLP whose blocks are scaled and shifted by the time.
+
+    The time has to multiply: near t = 0 the answer is a difference divided by a small noise level, which sums cannot imitate.
+    """
+
+    def __init__(self, dim: int, steps: int, width: int = 256, depth: int = 3):
+        super().__init__()
+        self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(1000.0), 32)), persistent=False)
+        self.steps = steps
+        self.inside = nn.Linear(dim, width)
+        self.time = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2 * depth * width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(depth))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth))
+        self.outside = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        phase = (t / self.steps)[:, None].to(z.dtype) * self.frequencies.to(z.dtype)
+        films = self.time(torch.cat([phase.sin(), phase.cos()], 1)).chunk(2 * len(self.blocks), dim=1)
+        h = self.inside(z)
+        for norm, block, scale, shift in zip(self.norms, self.blocks, films[::2], films[1::2], strict=True):
+            h = h + block(norm(h) * (1 + scale) + shift)
+        return self.outside(h)

@@ -1,0 +1,281 @@
+"""Pictures of a run, one function each: every function writes one PNG and returns its path.
+
+Figures are made without pyplot, so nothing global is left behind. Colours are Okabe and Ito's, which colour-blind
+readers can tell apart; what matters is marked by shape or position as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from .metrics import mean_sd, total_variation
+
+GREY, BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#4d4d4d", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY)
+MARKERS = "osD^vP"
+Array = Tensor | np.ndarray | Sequence[float]
+
+
+def latents(
+    path: str | Path,
+    points: Array,
+    log_density: Array,
+    score: Array,
+    generated: Mapping[str, Array] | None = None,
+    *,
+    title: str = "Latents, their density and its score",
+    max_arrows: int = 60,
+) -> Path:
+    """Real latents (N, d) coloured by log-density (N,), arrows along the score (N, d); a panel more per generated set.
+
+    d > 2: everything is projected to the first two principal components of `points`, so a score along other directions
+    shows as a short arrow.
+    """
+    points, density, generated = _numpy(points), _numpy(log_density), generated or {}
+    density = np.maximum(density, np.min(density, where=np.isfinite(density), initial=np.inf))  # -inf has no colour
+    score = np.nan_to_num(_numpy(score), nan=0, posinf=0, neginf=0)  # nor has such a row a score
+    to_plane, axis_names = _plane(points)
+    xy, arrows = to_plane(points), to_plane(points + score) - to_plane(points)
+    size = np.ptp(xy, axis=0).max() or 1.0
+
+    # The frame is that of the real latents: one diverged sample must not shrink everything to a dot.
+    low, high = xy.min(0) - 0.15 * size, xy.max(0) + 0.15 * size
+    count, tallness = 1 + len(generated), float(np.divide(*(high - low)[::-1]))
+    figure, panels = _figure(count, 3.8 * count + 1.6, 3.8 * tallness + 1.5, sharex=True, sharey=True)
+    colours = panels[0].scatter(*xy.T, c=density, cmap="viridis", s=14, linewidths=0)
+    bar = figure.colorbar(colours, ax=list(panels), location="left", aspect=30)
+    bar.set_label("log-density of real latents, leave-one-out (nats)")
+    # Evenly spread rows carry the arrows. Their unit is a length of the picture: only direction and ratio can be read.
+    rows = _spread(xy, max_arrows)
+    length = np.linalg.norm(arrows[rows], axis=1)
+    limit = np.quantile(length, 0.9) or 1.0
+    shown = arrows[rows] * (0.09 * size / np.maximum(length, limit))[:, None]
+    style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.005, "headwidth": 4, "headlength": 4}
+    panels[0].quiver(*xy[rows].T, *shown.T, color="black", zorder=3, **style)
+    panels[0].set_title(f"real (n = {len(points)})\narrows: towards higher density", fontsize=10)
+
+    for i, (axes, (name, values)) in enumerate(zip(panels[1:], generated.items(), strict=True)):
+        drawn = to_plane(_numpy(values))
+        outside = len(drawn) - int(((drawn >= low) & (drawn <= high)).all(1).sum())
+        axes.scatter(*xy.T, color="0.82", s=14, linewidths=0)
+        axes.scatter(*drawn.T, color=COLOURS[i % 5], marker="x", s=13, linewidths=0.8)
+        note = f", {outside} outside the frame" if outside else ""
+        axes.set_title(f"{name} (n = {len(drawn)}{note})\ngrey: real", fontsize=10)
+    for axes in panels:
+        axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel=axis_names[0], aspect="equal")
+    panels[0].set_ylabel(axis_names[1])
+    figure.suptitle(title)
+    caption = f"{len(rows)} evenly spread latents carry an arrow; the longest tenth of them is cut to one length"
+    return _save(figure, path, caption)
+
+
+def density_histogram(
+    path: str | Path, real: Array, generated: Mapping[str, Array], *, title: str = "How dense the samples lie"
+) -> Path:
+    """Log-densities of real latents (leave-one-out) and of each named set of generated ones, with medians."""
+    groups = {"real": _numpy(real), **{name: _numpy(values) for name, values in generated.items()}}
+    finite = {name: values[np.isfinite(values)] for name, values in groups.items()}
+    together = np.concatenate(list(finite.values()))
+    if not together.size:
+        raise ValueError("density_histogram: expected at least one finite log-density; got none")
+    # The lowest half per cent would squeeze everything else into a few bars: it goes into the first bin.
+    low, high = np.quantile(together, 0.005), together.max()
+    bins = np.linspace(low, max(high, low + 1e-6), 41)
+
+    figure, (axes,) = _figure(1, 7.5, 4.5)
+    for i, (name, values) in enumerate(finite.items()):
+        if not values.size:
+            continue
+        colour = GREY if i == 0 else COLOURS[(i - 1) % 5]
+        weights = np.full(len(values), 100 / len(values))
+        label = f"{name} (n = {len(values)}, median {np.median(values):.2f})"
+        look = {"histtype": "stepfilled", "alpha": 0.3} if i == 0 else {"histtype": "step", "linewidth": 1.8}
+        axes.hist(np.maximum(values, low), bins, weights=weights, color=colour, label=label, **look)
+        axes.axvline(np.median(values), color=colour, linestyle="--" if i else ":", linewidth=1.5)
+    dropped = sum(len(groups[name]) - len(values) for name, values in finite.items())
+    axes.set(title=title, xlabel="log-density under the real latents (nats; right is denser)", ylabel="share of set, %")
+    caption = "vertical lines: medians; first bin holds everything below it"
+    return _save(figure, path, caption + (f"; {dropped} rows without a finite density left out" if dropped else ""))
+
+
+def loss_curves(
+    path: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    keys: Sequence[str] | None = None,
+    *,
+    x: str = "step",
+    title: str = "Training losses",
+) -> Path:
+    """A panel for every key of log.jsonl that contains "loss" (or for `keys`): rows as logged, and a running mean."""
+    if keys is None:
+        keys = [key for key in dict.fromkeys(key for row in rows for key in row) if "loss" in key]
+    series = {key: [(row[x], row[key]) for row in rows if row.get(key) is not None and x in row] for key in keys}
+    series = {key: np.array(values, dtype=float) for key, values in series.items() if values}
+    if not series:
+        raise ValueError(f"loss_curves: expected rows with {x!r} and a key that contains 'loss'; got {len(rows)} rows")
+
+    columns = 2 if len(series) == 4 else min(len(series), 3)
+    figure, panels = _figure(len(series), 4.2 * columns + 0.8, 3.2 * -(-len(series) // columns) + 0.5, columns)
+    for axes, (key, values) in zip(panels, series.items(), strict=True):
+        window = max(1, len(values) // 20)
+        axes.plot(*values.T, color=BLUE, linewidth=0.8, alpha=0.35)
+        # The kernel shrinks at both ends; zero padding would draw a dip that is not there.
+        ones = np.ones(window)
+        mean = np.convolve(values[:, 1], ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+        axes.plot(values[:, 0], mean, color=BLUE, linewidth=2)
+        axes.set(title=key.replace("_", " "), xlabel=x)
+        if len(values) == 1:
+            axes.plot(*values.T, "o", color=BLUE)
+    for axes in panels[::columns]:
+        axes.set_ylabel("loss")
+    figure.suptitle(title)
+    counts = ", ".join(f"{len(values)} of {key.replace('_', ' ')}" for key, values in series.items())
+    return _save(figure, path, f"thin: as logged; thick: running mean over a twentieth of the rows. Rows: {counts}")
+
+
+def comparison(
+    path: str | Path,
+    table: Mapping[str, Mapping[str, Sequence[float | None]]],
+    *,
+    title: str = "Methods compared",
+    unit: str = "",
+) -> Path:
+    """table[method][figure] = one value a seed: a panel per figure, a row per method (mean, sd, seeds)."""
+    methods, figures = list(table), list(dict.fromkeys(key for row in table.values() for key in row))
+    if not figures:
+        raise ValueError("comparison: expected table[method][figure] = values; got no values")
+    figure, panels = _figure(len(figures), 2.3 * len(figures) + 1.8, 0.42 * len(methods) + 1.7, sharey=True)
+    seeds = set()
+    for axes, key in zip(panels, figures, strict=True):
+        for row, method in enumerate(methods):
+            values = [value for value in table[method].get(key, ()) if value is not None]
+            if not values:
+                axes.text(0.5, row, "none", transform=axes.get_yaxis_transform(), ha="center", va="center", color=GREY)
+                continue
+            seeds.add(len(values))
+            mean, sd = mean_sd(values)
+            axes.plot(values, np.full(len(values), row), "|", color=GREY, markersize=9, alpha=0.7)
+            axes.errorbar(mean, row, xerr=sd, fmt="o", color=BLUE, capsize=4, linewidth=2, markersize=6)
+            axes.annotate(f"{mean:.3f}", (mean, row), (0, 7), textcoords="offset points", ha="center", size=8)
+        axes.set(title=key.replace("_", " "), xlabel=unit)
+        axes.grid(axis="x", color="0.9")
+        axes.margins(x=0.18)
+        axes.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].set_ylim(len(methods) - 0.4, -0.7)  # first method on top
+    for axes in panels[1:]:
+        axes.tick_params(axis="y", length=0)
+    figure.suptitle(title)
+    count = " or ".join(str(n) for n in sorted(seeds)) or "0"
+    caption = (
+        f"dot and bar: mean and standard deviation over {count} seeds; ticks: single seeds; panels differ in scale"
+    )
+    return _save(figure, path, caption)
+
+
+def class_mass(
+    path: str | Path,
+    truth: Array,
+    shares: Mapping[str, Array],
+    *,
+    title: str = "Which classes the samples fall into",
+) -> Path:
+    """Share of generated mass per class against the true share (C,), head first; shares are (C,) or (seeds, C).
+
+    TV in the legend is the total variation of the mean shares to the truth: the mass that lies in the wrong class.
+    """
+    truth = _numpy(truth)
+    order = np.argsort(-truth, kind="stable")
+    position, width = np.arange(len(truth)), 0.8 / max(len(shares), 1)
+    figure, (axes,) = _figure(1, min(max(6.0, 0.75 * len(truth) + 1), 16.0), 4.2)
+    seeds = 0
+    for i, (name, values) in enumerate(shares.items()):
+        values = np.atleast_2d(_numpy(values))
+        if values.shape[1] != len(truth):
+            raise ValueError(f"class_mass: expected {len(truth)} shares for {name!r}; got {values.shape[1]}")
+        seeds = max(seeds, len(values))
+        mean = 100 * values.mean(0)[order]
+        sd = 100 * values.std(0, ddof=1)[order] if len(values) > 1 else None
+        label = f"{name} (TV {total_variation(values.mean(0), truth):.3f})"
+        where = position - 0.4 + width * (i + 0.5)
+        axes.bar(where, mean, 0.92 * width, yerr=sd, color=COLOURS[i % 5], label=label, error_kw={"linewidth": 1})
+    axes.hlines(100 * truth[order], position - 0.44, position + 0.44, color="black", linewidth=2, label="truth")
+    every = -(-len(truth) // 25)  # no room for more class ids
+    axes.set_xticks(position[::every], [str(c) for c in order[::every]])
+    axes.set(title=title, xlabel="class, by falling true share (head to tail)", ylabel="share of mass (%)")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    spread = f"; bars and whiskers: mean and standard deviation over {seeds} seeds" if seeds > 1 else ""
+    return _save(figure, path, f"{len(truth)} classes; TV: mass in the wrong class (total variation){spread}")
+
+
+# ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _figure(panels: int, width: float, height: float, columns: int = 0, **kwargs: Any) -> tuple[Figure, list[Axes]]:
+    columns = columns or panels
+    figure = Figure(figsize=(width, height), dpi=130, layout="compressed")
+    axes = list(figure.subplots(-(-panels // columns), columns, squeeze=False, **kwargs).flat)
+    for unused in axes[panels:]:
+        unused.remove()
+    for one in axes[:panels]:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes[:panels]
+
+
+def _save(figure: Figure, path: str | Path, caption: str) -> Path:
+    """Caption and, where the first axes have labels, a legend below everything, where they hide nothing."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    fits = sum(len(label) + 8 for label in labels) < 14 * figure.get_figwidth()
+    # The caption is the legend's title: the layout then keeps room for both.
+    legend = figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=len(labels) if fits else 1,
+        frameon=False,
+        fontsize=9,
+        title=caption,
+        title_fontsize=8,
+    )
+    legend.get_title().set_color(GREY)
+    path = Path(path).with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
+    return path
+
+
+def _numpy(values: Array) -> np.ndarray:
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
+
+
+def _spread(xy: np.ndarray, at_most: int) -> np.ndarray:
+    """Farthest-first rows: they cover the plane evenly where a random choice would crowd the head."""
+    rows = [int(np.argmin(((xy - xy.mean(0)) ** 2).sum(1)))]
+    distance = ((xy - xy[rows[0]]) ** 2).sum(1)
+    while len(rows) < min(at_most, len(xy)) and distance.max() > 0:
+        rows.append(int(distance.argmax()))
+        distance = np.minimum(distance, ((xy - xy[rows[-1]]) ** 2).sum(1))
+    return np.array(rows)
+
+
+def _plane(points: np.ndarray) -> tuple[Any, tuple[str, str]]:
+    """(map of rows to the plane, axis names): two principal components of `points`, or the coordinates if d <= 2."""
+    d = points.shape[1]
+    if d == 2:
+        return lambda z: z, ("latent coordinate 1", "latent coordinate 2")
+    if d == 1:
+        return lambda z: np.concatenate([z, np.zeros_like(z)], 1), ("latent coordinate", "")
+    centre = points.mean(0)
+    _, values, directions = np.linalg.svd(points - centre, full_matrices=False)
+    part = 100 * values[:2] ** 2 / max((values**2).sum(), 1e-30)
+    names = tuple(f"principal component {i + 1} ({part[i]:.0f} % of variance)" for i in range(2))
+    return lambda z: (z - centre) @ directions[:2].T, names
