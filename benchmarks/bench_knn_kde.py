@@ -1,0 +1,145 @@
+"""knn and knn_kde_grad beside what one would otherwise use: torch.cdist + topk, faiss, scikit-learn, and the matrix product as a floor.
+
+    pytest benchmarks --benchmark-only                       # all sizes
+    pytest benchmarks --benchmark-only -k "self and 20000"   # one group
+
+Every implementation answers the same question on the same data, and its error against float64 on 64 rows is asserted before it is
+timed. Groups compare inside one run: quote ratios of medians. `peak_mb` is the memory one call needs beyond its inputs.
+"""
+
+import ctypes
+import gc
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import ltkernels
+
+faiss = pytest.importorskip("faiss")
+neighbors = pytest.importorskip("sklearn.neighbors")
+
+K = 64
+SIZES = {  # queries (None: the bank itself, leave-one-out), points, dimensions
+    "self N=20000 d=512": (None, 20_000, 512),
+    "self N=20000 d=64": (None, 20_000, 64),
+    "Q=2000 N=50000 d=128": (2_000, 50_000, 128),
+    "Q=1 N=50000 d=128": (1, 50_000, 128),
+}
+
+
+class Problem:
+    def __init__(self, q, n, d):
+        generator = torch.Generator().manual_seed(0)
+        self.points = torch.randn(n, d, generator=generator)
+        self.bank = ltkernels.Bank(self.points)
+        self.is_self = q is None
+        self.queries = self.points if self.is_self else torch.randn(q, d, generator=generator)
+        self.h = math.sqrt(d)  # of the order of the k-th distance
+        self.product = torch.ones(len(self.queries), n) if d == 512 else None  # touched: no page faults in the product's time
+
+
+def density(sqdist, h):
+    return torch.logsumexp(-sqdist / (2 * h * h), 1) - math.log(sqdist.shape[1])
+
+
+def ours(p: Problem):
+    return ltkernels.knn_kde_grad(p.queries, p.bank, K, bandwidth=p.h, self_index=p.is_self or None)
+
+
+def cdist_topk(p: Problem, chunk=1024):
+    """In chunks of the queries, as one has to at this size; density and score from the same neighbours."""
+    out = []
+    for start in range(0, len(p.queries), chunk):
+        queries = p.queries[start : start + chunk]
+        distance = torch.cdist(queries, p.points)
+        if p.is_self:
+            distance[torch.arange(len(queries)), torch.arange(start, start + len(queries))] = math.inf
+        radius, index = distance.topk(K, largest=False)
+        weight = torch.softmax(-radius.square() / (2 * p.h**2), 1)
+        score = (torch.einsum("qk,qkd->qd", weight, p.points[index]) - queries) / p.h**2
+        out.append((density(radius.square(), p.h), score))
+    return torch.cat([log_density for log_density, _ in out])
+
+
+def faiss_flat(p: Problem):
+    index = faiss.IndexFlatL2(p.points.shape[1])
+    index.add(p.points.numpy())
+    sqdist, rows = index.search(p.queries.numpy(), K + p.is_self)
+    sqdist, rows = torch.from_numpy(sqdist[:, int(p.is_self) :]), torch.from_numpy(rows[:, int(p.is_self) :])
+    weight = torch.softmax(-sqdist / (2 * p.h**2), 1)
+    for start in range(0, len(rows), 1024):
+        part = slice(start, start + 1024)
+        torch.einsum("qk,qkd->qd", weight[part], p.points[rows[part]]).sub_(p.queries[part]).div_(p.h**2)
+    return density(sqdist, p.h)
+
+
+def sklearn_brute(p: Problem):
+    search = neighbors.NearestNeighbors(n_neighbors=K, algorithm="brute", n_jobs=-1).fit(p.points.numpy())
+    distance, rows = search.kneighbors(None if p.is_self else p.queries.numpy())
+    sqdist = torch.from_numpy(distance).square().float()
+    weight = torch.softmax(-sqdist / (2 * p.h**2), 1)
+    rows = torch.from_numpy(rows)
+    for start in range(0, len(rows), 1024):
+        part = slice(start, start + 1024)
+        torch.einsum("qk,qkd->qd", weight[part], p.points[rows[part]]).sub_(p.queries[part]).div_(p.h**2)
+    return density(sqdist, p.h)
+
+
+def product_only(p: Problem):
+    """No neighbours at all: the matrix product that a search by expansion starts from."""
+    return torch.mm(p.queries, p.points.t(), out=p.product)
+
+
+IMPLEMENTATIONS = {"ltkernels": ours, "cdist+topk": cdist_topk, "faiss": faiss_flat, "scikit-learn": sklearn_brute}
+
+
+def exact_density(p: Problem, rows):
+    queries, points = p.queries[rows].double(), p.points.double()
+    sqdist = torch.stack([(points - query).square().sum(1) for query in queries])
+    if p.is_self:
+        sqdist[torch.arange(len(rows)), rows] = math.inf
+    return density(sqdist.topk(K, largest=False).values, p.h)
+
+
+def peak_mb(call) -> float:
+    """Highest resident memory during one call, above what was resident before it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that malloc kept would hide what the call needs
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # resets the high-water mark
+    before = status_mb("VmRSS")
+    call()
+    return status_mb("VmHWM") - before
+
+
+def status_mb(field) -> float:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def problem(request):
+    p = Problem(*SIZES[request.param])
+    p.name = request.param
+    return p
+
+
+@pytest.mark.parametrize("name", [*IMPLEMENTATIONS, "product only"])
+def test_knn_kde(name, problem, benchmark):
+    benchmark.group = f"knn_kde_grad {problem.name} k={K} float32 cpu, {torch.get_num_threads()} threads"
+    if name == "product only":
+        if problem.product is None:
+            pytest.skip("the floor is shown for the widest size only")
+        benchmark.pedantic(product_only, (problem,), rounds=7, warmup_rounds=1)
+        return
+    run = IMPLEMENTATIONS[name]
+    rows = torch.from_numpy(np.linspace(0, len(problem.queries) - 1, min(64, len(problem.queries))).astype(np.int64))
+    answer = run(problem)
+    log_density = answer.log_density if name == "ltkernels" else answer
+    error = (log_density[rows].double() - exact_density(problem, rows)).abs().max().item()
+    assert error < 1e-3, f"{name} is off by {error}"
+    benchmark.extra_info["max_error"] = error
+    benchmark.extra_info["peak_mb"] = peak_mb(lambda: run(problem))
+    benchmark.pedantic(run, (problem,), rounds=5, warmup_rounds=1)
