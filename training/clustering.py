@@ -38,13 +38,14 @@ def soft_kmeans(
     *,
     weight: Tensor | None = None,
     kind: str = "kmeans",
-    temperature: float = 0.1,
+    temperature: float = 1.0,
     restarts: int = 4,
     iterations: int = 50,
 ) -> SoftClusters:
     """Lloyd's iterations from k-means++ seeds on points z (N, d) with weights (N,); the best of `restarts` wins.
 
-    temperature: in units of the mean squared distance to the own centre, so that a confidence means the same in every latent space.
+    temperature: 1 is the posterior of a spherical Gaussian mixture, P = softmax(-|z - centre|^2 / 2 s^2) with s^2 the mean squared
+    distance to the own centre per dimension; T divides the exponent by T, whatever the scale and width of the latents.
     kind: "kmeans", or "gmm" for log_prior = log of each cluster's share of the weight (a spherical mixture with one variance).
     """
     if not 1 <= clusters <= len(z):
@@ -55,7 +56,7 @@ def soft_kmeans(
     share = torch.zeros(clusters, device=z.device, dtype=z.dtype).index_add_(0, label, weight)
     share = share.clamp(min=1e-6 * float(weight.sum())) / weight.sum()
     log_prior = share.log() if kind == "gmm" else torch.zeros_like(share)
-    scale = (temperature * inertia / weight.sum()).clamp(min=torch.finfo(z.dtype).tiny)
+    scale = (2 * temperature * inertia / (weight.sum() * z.shape[1])).clamp(min=torch.finfo(z.dtype).tiny)
     return SoftClusters(centres, log_prior, scale)
 
 

@@ -101,7 +101,7 @@ class DGDConfig(RunConfig):
     sample_steps: int = ours(25, ge=1)  # reverse steps of one generation, respaced DDPM (G11)
     clip_x0: bool = ours(True)  # predicted clean latents stay in the box of the real ones
     denoiser_width: int = ours(256, ge=1)
-    noise_draws: int = ours(4, ge=1)  # noise levels drawn for each latent of a batch
+    noise_draws: int = ours(2, ge=1)  # noise levels drawn for each latent of a batch
 
     # Density field.
     k: int = paper(64, ge=1)  # neighbours of the kNN-KDE (A.13)
@@ -111,7 +111,7 @@ class DGDConfig(RunConfig):
     rho_quantile: float = ours(0.05, ge=0, lt=1)  # rho: this quantile of the real latents' leave-one-out density (G4)
 
     # Guidance.
-    guidance_scale: float = ours(0.1, ge=0)  # c: norm of shift / noise of a step at t = T and a typical latent (G14); 0: off
+    guidance_scale: float = ours(0.05, ge=0)  # c: norm of shift / noise of a step at t = T and a typical latent (G14); 0: off
     eta0: float | None = ours(None, ge=0)  # eta_0 of A.6, absolute; when given it replaces --guidance-scale; 0: off
     eta_schedule: Literal["linear", "cosine", "const"] = ours("linear")  # eta_t / eta_0 over t / T: strong early (G8)
     eta_power: float = ours(1.0, gt=0)  # p of (t / T)^p in the linear schedule (G8)
@@ -126,10 +126,11 @@ class DGDConfig(RunConfig):
     head_dim: int = ours(64, ge=1)  # width of the projection head that InfoNCE sees (SimCLR)
     encoder_learns_from: Literal["both", "infonce"] = paper("both")  # losses that reach the encoder in stage 3 (Alg. 1)
     gen_every: int = ours(30, ge=1)  # steps between reverse samplings; 1 is Alg. 1 to the letter (G11)
-    gen_per_refresh: int = ours(512, ge=1)  # latents generated each time (G11)
+    gen_per_refresh: int = ours(256, ge=1)  # latents generated each time (G11)
     clusters: int | None = ours(None, ge=1)  # default: as many as classes
     clustering: Literal["kmeans", "gmm"] = ours("kmeans")  # soft k-means, or a spherical mixture's posterior (G10)
-    cluster_temperature: float = ours(0.3, gt=0)  # T of softmax(-dist^2 / T) in mean squared distances to the own centre
+    cluster_temperature: float = ours(2.0, gt=0)
+    """T of P = softmax(-dist^2 / (2 T s^2)), s^2 the clusters' variance per dimension; 1 is the spherical mixture's posterior"""
     cluster_on: Literal["real", "union"] = paper("union")  # Alg. 1 clusters real and generated latents together (G14)
     gen_weight: float = ours(0.1, ge=0)
     """weight in clustering of a generated latent, where a real one has 1: with more they form clusters of their own (G14)"""

@@ -153,17 +153,25 @@ def test_every_epoch_visits_every_row_once():
     assert not torch.equal(epoch[0], loop.batch_rows(707, 128, parts, seed=0, stage="joint"))
 
 
-TINY = "--preset short --batch-size 25 --encoder-epochs 2 --diffusion-epochs 2 --joint-epochs 2 --gen-every 5 --gen-per-refresh 64 --sample-steps 3 --k 16"
+TINY = (
+    "--preset short --batch-size 25 --encoder-epochs 2 --diffusion-epochs 2 --joint-epochs 2 "
+    "--gen-every 5 --gen-per-refresh 64 --sample-steps 3 --k 16"
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run on 150 digits that nothing disturbs, and the command that made it."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "rows.json").write_text(json.dumps(list(range(150))))
+    command = ["dgd", "--no-progress", *TINY.split(), "--dataset", "digits", "--indices", str(folder / "rows.json"), "--out"]
+    assert main([*command, str(folder / "whole")]) == 0
+    return folder / "whole", command
 
 
 @pytest.mark.parametrize("stage, step", [("Pretrain", 3), ("LatentDiffusion", 11), ("Joint", 7)])
-def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys, stage, step):
-    rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps(list(range(150))))
-    command = ["dgd", "--no-progress", *TINY.split(), "--dataset", "digits", "--indices", str(rows), "--out"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main([*command, str(whole)]) == 0
-
+def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, capsys, stage, step):
+    (whole, command), cut = whole, tmp_path / "cut"
     original = getattr(dgd, stage).loss
 
     def interrupted(self, at, rng):

@@ -282,7 +282,7 @@ def small(**more):
 
 def test_short_overfit(blobs, tmp_path):
     x, label = blobs
-    config = small(encoder="identity", latent_norm="whiten", diffusion_epochs=120, joint_epochs=8)
+    config = small(encoder="identity", latent_norm="whiten", diffusion_epochs=80, joint_epochs=4)
     modules = build_modules(x, config)
     train(LatentDiffusion(x, modules, config), tmp_path, seed=0, progress=False)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]

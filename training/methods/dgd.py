@@ -128,8 +128,8 @@ class Pretrain(Stage):
     def __init__(self, x: Tensor, modules: dict[str, nn.Module], config: DGDConfig):
         self.x, self.modules, self.config, self.cache = x, modules, config, {}
         self.lr = dict.fromkeys(("latent", "head"), config.lr)
-        learns = any(True for _ in modules["latent"].parameters())  # the identity does not
-        self.steps = learns * config.encoder_epochs * batches_per_epoch(len(x), config.batch_size)
+        epochs = config.encoder_epochs if list(modules["latent"].parameters()) else 0  # the identity has nothing to learn
+        self.steps = epochs * batches_per_epoch(len(x), config.batch_size)
 
     def loss(self, step, rng):
         x = self.x[batch_rows(len(self.x), self.config.batch_size, step, self.config.seed, self.name)]
@@ -159,8 +159,7 @@ class Joint(Stage):
     def __init__(self, x: Tensor, modules: dict[str, nn.Module], config: DGDConfig, clusters: int, name: str = "joint"):
         self.x, self.modules, self.config, self.clusters, self.name = x, modules, config, clusters, name
         self.lr = {"latent": config.joint_lr, "head": config.joint_lr, "denoiser": config.lr}  # the field is to outlive a refresh
-        self.cache, self.guidance = {}, None
-        self.epoch = batches_per_epoch(len(x), config.batch_size)
+        self.cache, self.guidance, self.epoch = {}, None, batches_per_epoch(len(x), config.batch_size)
         self.steps = config.joint_epochs * self.epoch
 
     def loss(self, step, rng):
