@@ -12,7 +12,7 @@ from .backends import _FLOATS
 
 
 class Bank:
-    r"""Points to search in, prepared once: their mean, the centred float32 copy and its norms that the filters of the kernels read.
+    r"""Points to search in, prepared once: a centre, the centred float32 copy and its norms that the filters of the kernels read.
 
     Args:
         points: (N, d) floating-point tensor, NumPy array or memmap, DLPack array, or the path of a .safetensors file with a tensor

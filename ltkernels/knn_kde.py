@@ -151,10 +151,8 @@ def knn_bandwidth(bank, k: int = 64, rule: str = "knn-median") -> Tensor:
     bank = as_bank(op, bank)
     with torch.no_grad():
         if rule == "scott":
-            finite = torch.isfinite(bank.sqnorm)
-            n, d = int(finite.sum()), bank.points.shape[1]
-            variance = (bank.sqnorm.double() * finite).nan_to_num_(posinf=0).sum() / (max(n - 1, 1) * d)
-            h = (variance.sqrt() * n ** (-1 / (d + 4)) if n else variance * math.nan).to(_answer_dtype(bank.points))
+            rows = bank.centred[torch.isfinite(bank.sqnorm)]
+            h = rows.var(0).mean().sqrt().to(_answer_dtype(bank.points)) * max(len(rows), 1) ** (-1 / (rows.shape[1] + 4))
         else:
             points, bank, self_rows, bound = _checked(op, bank.points, bank, k, True)
             sqdist, _ = torch.ops.ltkernels.knn(

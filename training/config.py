@@ -255,5 +255,5 @@ def differences(config: RunConfig, other: RunConfig) -> list[str]:
 
 DGD_PRESETS = {
     "default": DGDConfig(),
-    "short": DGDConfig(encoder_epochs=15, diffusion_epochs=60, joint_epochs=10, refresh_every=5, gen_every=15, gen_per_refresh=256),
+    "short": DGDConfig(encoder_epochs=10, diffusion_epochs=40, joint_epochs=6, refresh_every=3, gen_every=12),
 }
