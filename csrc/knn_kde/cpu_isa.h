@@ -30,11 +30,11 @@ template <int Bytes>
 struct FloatVector {
   typedef float type __attribute__((vector_size(Bytes), aligned(4), may_alias));
 };
+typedef float float4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float float8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef double double8 __attribute__((vector_size(64), aligned(8), may_alias));
 
 constexpr int64_t kDepth = 128;     // longest chain of additions in a tile: bounds the error, keeps a panel slice in L1
-constexpr int64_t kThinRows = 24;   // up to here transposing the bank costs more than the tile saves
 constexpr int kMaxTileRows = 12, kMaxTileCols = 32;
 
 // Arithmetic of differences: half types are widened first.
@@ -43,15 +43,31 @@ using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // ---- filter tiles --------------------------------------------------------------------------------------------------
 
+// out[r] = (a[r], b[r], c[r], e[r]): a 4 x 4 transpose, out rows `stride` apart.
+LT_INLINE void transpose4(const float* a, const float* b, const float* c, const float* e, int64_t stride, float* out) {
+#if __has_builtin(__builtin_shufflevector)
+  const float4 va = *(const float4*)a, vb = *(const float4*)b, vc = *(const float4*)c, ve = *(const float4*)e;
+  const float4 ab_low = __builtin_shufflevector(va, vb, 0, 4, 1, 5), ab_high = __builtin_shufflevector(va, vb, 2, 6, 3, 7);
+  const float4 ce_low = __builtin_shufflevector(vc, ve, 0, 4, 1, 5), ce_high = __builtin_shufflevector(vc, ve, 2, 6, 3, 7);
+  *(float4*)(out) = __builtin_shufflevector(ab_low, ce_low, 0, 1, 4, 5);
+  *(float4*)(out + stride) = __builtin_shufflevector(ab_low, ce_low, 2, 3, 6, 7);
+  *(float4*)(out + 2 * stride) = __builtin_shufflevector(ab_high, ce_high, 0, 1, 4, 5);
+  *(float4*)(out + 3 * stride) = __builtin_shufflevector(ab_high, ce_high, 2, 3, 6, 7);
+#else
+  for (int r = 0; r < 4; ++r) *(float4*)(out + r * stride) = float4{a[r], b[r], c[r], e[r]};
+#endif
+}
+
 // Interleaves a slice of Width rows: out[i * Width + r] = rows[r][first + i].
 template <int Width>
 LT_INLINE void pack_panel(const float* const* rows, int64_t first, int64_t count, float* out) {
-  typedef float float4 __attribute__((vector_size(16), aligned(4), may_alias));
   for (int64_t begin = 0; begin < count; begin += 16) {  // one cache line of every row at a time
     const int64_t end = begin + 16 < count ? begin + 16 : count;
     for (int r = 0; r < Width; r += 4) {
       const float *a = rows[r] + first, *b = rows[r + 1] + first, *c = rows[r + 2] + first, *e = rows[r + 3] + first;
-      for (int64_t i = begin; i < end; ++i) *(float4*)(out + i * Width + r) = float4{a[i], b[i], c[i], e[i]};
+      int64_t i = begin;
+      for (; i + 4 <= end; i += 4) transpose4(a + i, b + i, c + i, e + i, Width, out + i * Width + r);
+      for (; i < end; ++i) *(float4*)(out + i * Width + r) = float4{a[i], b[i], c[i], e[i]};
     }
   }
 }
@@ -83,28 +99,35 @@ LT_INLINE void multiply_panels(const float* a, const float* b, int64_t depth, bo
   }
 }
 
-// The same tile for few queries, straight from unpacked rows: c[r * stride] = rows[r] . point for 4 rows at once.
-template <int Bytes>
-LT_INLINE void multiply_thin(const float* rows, int64_t d, const float* point, int64_t stride, float* c) {
+// The same products for few queries, straight from unpacked rows: c[r * stride] = rows[r] . point for Rows rows at once.
+template <int Bytes, int Rows>
+LT_INLINE void multiply_rows(const float* rows, int64_t d, const float* point, int64_t stride, float* c) {
   using V = typename FloatVector<Bytes>::type;
   constexpr int kWidth = Bytes / 4;
-  V acc[4] = {};
+  V acc[Rows] = {};
   int64_t i = 0;
   for (; i + kWidth <= d; i += kWidth) {
     const V z = *(const V*)(point + i);
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) acc[r] += *(const V*)(rows + r * d + i) * z;
+    for (int r = 0; r < Rows; ++r) acc[r] += *(const V*)(rows + r * d + i) * z;
   }
-  for (int r = 0; r < 4; ++r) {
-    float lanes[kWidth];
-    std::memcpy(lanes, &acc[r], sizeof(lanes));
-    for (int width = kWidth / 2; width > 0; width /= 2) {
-      for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-    }
-    float sum = lanes[0];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    float4 part[Bytes / 16];
+    std::memcpy(part, &acc[r], Bytes);
+#pragma GCC unroll 4
+    for (int p = 1; p < Bytes / 16; ++p) part[0] += part[p];
+    float sum = (part[0][0] + part[0][1]) + (part[0][2] + part[0][3]);
     for (int64_t j = i; j < d; ++j) sum += rows[r * d + j] * point[j];
     c[r * stride] = sum;
   }
+}
+
+template <int Bytes>
+LT_INLINE void multiply_thin(const float* rows, int64_t count, int64_t d, const float* point, int64_t stride, float* c) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) multiply_rows<Bytes, 4>(rows + r * d, d, point, stride, c + r * stride);
+  for (; r < count; ++r) multiply_rows<Bytes, 1>(rows + r * d, d, point, stride, c + r * stride);
 }
 
 // Which entries of a tile may belong to the answer of their row (bit = column): floor[col] - c <= limit[row]; and, where
@@ -258,7 +281,7 @@ struct TileOps {
   void (*pack_rows)(const float* const* rows, int64_t first, int64_t count, float* out);
   void (*pack_cols)(const float* const* rows, int64_t first, int64_t count, float* out);
   void (*multiply)(const float* a, const float* b, int64_t depth, bool accumulate, float* c);
-  void (*thin)(const float* rows, int64_t d, const float* point, int64_t stride, float* c);
+  void (*thin)(const float* rows, int64_t count, int64_t d, const float* point, int64_t stride, float* c);
   void (*filter)(const float* c, const float* row_limit, const float* col_floor, const float* row_floor,
                  const float* col_limit, bool both, uint32_t* row_mask, uint32_t* col_mask);
   int64_t (*count_up_to)(const float* x, int64_t count, float value);
@@ -285,8 +308,8 @@ struct RowOps {
   TARGET static void multiply(const float* a, const float* b, int64_t n, bool more, float* c) {                        \
     multiply_panels<BYTES, ROWS, VECTORS>(a, b, n, more, c);                                                           \
   }                                                                                                                    \
-  TARGET static void thin(const float* rows, int64_t d, const float* point, int64_t stride, float* c) {                \
-    multiply_thin<BYTES>(rows, d, point, stride, c);                                                                   \
+  TARGET static void thin(const float* rows, int64_t n, int64_t d, const float* point, int64_t stride, float* c) {     \
+    multiply_thin<BYTES>(rows, n, d, point, stride, c);                                                                \
   }                                                                                                                    \
   TARGET static void filter(const float* c, const float* rl, const float* cf, const float* rf, const float* cl,        \
                             bool both, uint32_t* rm, uint32_t* cm) {                                                   \

@@ -29,6 +29,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -79,16 +80,18 @@ struct Queues {
   int64_t first = 0, capacity = 0;
   std::vector<float> sqnorm, limit;  // |q'|^2: +inf switches the filter off, NaN (also the limit) the whole row
   std::vector<uint32_t> count;
-  std::unique_ptr<float[]> low;      // (rows, capacity), not initialised: pages are touched as they fill
-  std::unique_ptr<uint32_t[]> id;
+  std::unique_ptr<std::byte[]> memory;  // a row's lows, then its ids; not initialised: pages are touched as they fill
 
   void resize(int64_t rows, int64_t row_capacity) {
     capacity = row_capacity;
     sqnorm.resize(rows), limit.resize(rows), count.resize(rows);
-    low.reset(new float[rows * capacity]), id.reset(new uint32_t[rows * capacity]);
+    memory.reset(new std::byte[rows * capacity * (sizeof(float) + sizeof(uint32_t))]);
   }
 
-  Candidates of(int64_t slot) const { return {low.get() + slot * capacity, id.get() + slot * capacity}; }
+  Candidates of(int64_t slot) const {
+    std::byte* row = memory.get() + slot * capacity * (sizeof(float) + sizeof(uint32_t));
+    return {reinterpret_cast<float*>(row), reinterpret_cast<uint32_t*>(row + capacity * sizeof(float))};
+  }
 };
 
 template <class T>
@@ -184,11 +187,15 @@ class Search {
     block_ = std::clamp<int64_t>(kBlockFloats / p_.d, 96, 4096);
     const bool whole_bank = static_cast<const void*>(p_.queries) == p_.points && p_.q == p_.n;
     // With very large k the queues of all rows at once would outweigh the outputs.
-    symmetric_ = whole_bank && p_.q > isa::kThinRows && capacity_ <= 2048;
+    symmetric_ = whole_bank && capacity_ <= 2048;
     if (symmetric_) block_ = std::min(block_, std::max<int64_t>(96, p_.n / (4 * threads)));
     block_ = block_ / 96 * 96;
-    thin_ = p_.q <= isa::kThinRows;
-    const int64_t chain = thin_ ? divide_up(p_.d, ops_.width) + 2 * ops_.width
+    // In cycles a bank row, roughly: a dot product and a horizontal sum a query, against transposing the row into a panel
+    // and multiplying it with whole tiles of queries.
+    const int64_t dots = p_.q * (p_.d / ops_.width + 25);
+    const int64_t tiles = 3 * p_.d / 2 + divide_up(p_.q, ops_.rows) * ops_.rows * p_.d / (2 * ops_.width);
+    thin_ = !symmetric_ && dots < tiles;  // never more than 48 queries: one block
+    const int64_t chain = thin_ ? p_.d / ops_.width + ops_.width + 4
                                 : std::min(p_.d, isa::kDepth) + divide_up(p_.d, isa::kDepth);
     slope_ = static_cast<float>((0.5 * (chain + 12) + 8) * 0x1p-24 * 1.01);
     underflow_ = 0x1p-122f * p_.d;
@@ -371,7 +378,7 @@ class Search {
         if (symmetric_ && col + ops_.cols <= sub.begin) continue;  // below the diagonal: its mirror image is done
         const Range panel{col, std::min(cols.end, col + ops_.cols)};
         if (thin_) {
-          multiply_thin(w, sub, panel);
+          multiply_thin(w, rows, sub, panel);
         } else {
           multiply(w, rows, sub, cols, panel);
         }
@@ -398,17 +405,14 @@ class Search {
   }
 
   void shift_rows(Worker<T>& w, Range rows) {
-    w.shifted.assign(divide_up(rows.size(), 4) * 4 * p_.d, 0.f);
+    w.shifted.resize(std::max<size_t>(w.shifted.size(), rows.size() * p_.d));
     for (int64_t i = 0; i < rows.size(); ++i) shift(rows.begin + i, w.shifted.data() + i * p_.d);
   }
 
-  void multiply_thin(Worker<T>& w, Range rows, Range panel) {
+  void multiply_thin(Worker<T>& w, Range rows, Range sub, Range panel) {
+    const float* queries = w.shifted.data() + (sub.begin - rows.begin) * p_.d;
     for (int64_t col = panel.begin; col < panel.end; ++col) {
-      const float* point = centred_row(col);
-      for (int64_t i = 0; i < rows.size(); i += 4) {
-        ops_.thin(w.shifted.data() + i * p_.d, p_.d, point, ops_.cols,
-                  w.tile.data() + i * ops_.cols + (col - panel.begin));
-      }
+      ops_.thin(queries, sub.size(), p_.d, centred_row(col), ops_.cols, w.tile.data() + (col - panel.begin));
     }
   }
 
@@ -448,14 +452,14 @@ class Search {
   void push(Worker<T>& w, Queues& queues, int64_t row, int64_t id, float low) {
     const int64_t slot = row - queues.first;
     if (id == self_of(row)) return;
+    const Candidates queue = queues.of(slot);
     uint32_t count = queues.count[slot];
     if (count == capacity_) {
-      count = make_room(w, row, queues.of(slot), count, queues.sqnorm[slot], queues.limit[slot]);
-      if (!(low <= queues.limit[slot])) id = -1;
+      count = make_room(w, row, queue, count, queues.sqnorm[slot], queues.limit[slot]);
     }
-    queues.low[slot * capacity_ + count] = low;
-    queues.id[slot * capacity_ + count] = static_cast<uint32_t>(id);
-    queues.count[slot] = count + (id >= 0);
+    queue.low[count] = low;
+    queue.id[count] = static_cast<uint32_t>(id);
+    queues.count[slot] = count + (low <= queues.limit[slot]);
   }
 
   __attribute__((noinline))  // rare: its registers are not the loop's
