@@ -16,7 +16,8 @@ class Bank:
 
     Args:
         points: (N, d) floating-point tensor, NumPy array or memmap, DLPack array, or the path of a .safetensors file with a tensor
-            `points` (and optionally `log_weight`). The memory is shared, not copied; call `update` after changing it in place.
+            `points` (and optionally `log_weight`). The memory is shared if contiguous, else copied once; call `update` after changing
+            it in place.
         log_weight: (N,) logarithm of non-negative weights, -inf to leave a row out of densities. Only ratios matter: densities
             use weights of mean 1, so that equal weights change nothing.
 
@@ -44,11 +45,10 @@ class Bank:
         points = _arrays.matrix("Bank", "points", points)
         if len(points) == 0:
             raise ValueError(f"Bank: expected at least one point; got shape {tuple(points.shape)}")
-        self.points = points
+        self.points = points.contiguous()  # once here instead of in every search
         self.log_weight = None if log_weight is None else _checked_weight(log_weight, points)
         self.centre, self.centred, self.sqnorm = _prepare(points)
-        self._warm_k = 0
-        self._warm_radius: Tensor | None = None  # (N,) upper bounds of the distance to each row's _warm_k-th neighbour but itself
+        self._warm: tuple[int, Tensor] | None = None  # k, and (N,) upper bounds of the distance to each row's k-th neighbour but itself
 
     def __len__(self) -> int:
         return len(self.points)
@@ -67,12 +67,12 @@ class Bank:
                 raise ValueError(f"Bank.update: expected points of the same {name} as before, {old}; got {new}")
         previous_centre, previous = self.centre, self.centred
         unknown = ~torch.isfinite(self.sqnorm)
-        self.points = points
+        self.points = points.contiguous()
         self.centre, self.centred, self.sqnorm = _prepare(points)
-        if self._warm_radius is not None:
-            self._warm_radius = _moved_bound(
-                self._warm_radius, previous, self.centred, previous_centre - self.centre, unknown | ~torch.isfinite(self.sqnorm)
-            )
+        if self._warm is not None:
+            k, radius = self._warm
+            unknown |= ~torch.isfinite(self.sqnorm)
+            self._warm = k, _moved_bound(radius, previous, self.centred, previous_centre - self.centre, unknown)
         return self
 
     def save(self, path) -> None:
@@ -98,16 +98,17 @@ class Bank:
         return self.log_weight - (self.log_weight.logsumexp(0) - math.log(len(self)))
 
     def _bound(self, queries: Tensor, k: int) -> Tensor | None:
-        if self._warm_radius is None or k > self._warm_k or not _same_memory(queries, self.points):
+        warm = self._warm
+        if warm is None or k > warm[0] or not _same_memory(queries, self.points):
             return None
         # f and the radius carry relative errors of about 1e-6; a bound below the true value would lose neighbours
-        return (self._warm_radius * (1 + 1e-5)).square()
+        return (warm[1] * (1 + 1e-5)).square()
 
     def _remember(self, queries: Tensor, k: int, sqdist: Tensor) -> None:
         if torch.compiler.is_compiling() or not _same_memory(queries, self.points):
             return
-        if k >= self._warm_k:
-            self._warm_k, self._warm_radius = k, sqdist.detach()[:, -1].sqrt().nan_to_num_(nan=math.inf, posinf=math.inf)
+        if self._warm is None or k >= self._warm[0]:
+            self._warm = k, sqdist.detach()[:, -1].sqrt().nan_to_num_(nan=math.inf, posinf=math.inf)
 
 
 def as_bank(op: str, bank) -> Bank:
@@ -140,7 +141,9 @@ def _moved_bound(radius: Tensor, old: Tensor, new: Tensor, centre_shift: Tensor,
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype)
+    if a is b or torch.compiler.is_compiling():  # a traced graph cannot compare addresses
+        return a is b
+    return (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype)
 
 
 def _checked_weight(log_weight, points: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _arrays, reference
 from .bank import Bank, as_bank
@@ -103,9 +104,10 @@ def knn_kde_grad(queries, bank, k: int = 64, *, bandwidth, self_index=None, kern
     Returns:
         KDE(log_density (Q,), score (Q, d), index (Q, k), sqdist (Q, k), truncation (Q,)), float32 (float64 for float64 inputs).
         truncation bounds what the dropped points could add: log(S_N / S_k) <= log1p(exp(truncation)), S the sum over N or k points.
+            It is a constant for autograd.
 
     Deterministic, see `knn`. Extra memory O(Q k), never Q x N. Differentiable: log_density and score any number of times in queries;
-    log_density and sqdist once in the bank's points, log_density in its log_weight. Neighbours are constants. Everything else raises.
+    log_density, score and sqdist once in the bank's points and log_weight. Neighbours are constants. Everything else raises.
     A query with NaN or inf answers NaN; a query infinitely far from all neighbours answers log_density -inf and score NaN.
 
     Raises:
@@ -171,6 +173,12 @@ def _tensor(x) -> Tensor:
     return _arrays.tensor("KDE", "field", x)
 
 
+def _has_tangent(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
 def _answer_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -180,6 +188,9 @@ def _checked(op: str, queries, bank, k, self_index) -> tuple[Tensor, Bank, Tenso
     queries = _arrays.matrix(op, "queries", queries)
     bank = as_bank(op, bank)
     points = bank.points
+    for x in (queries, points, bank.log_weight):
+        if x is not None and _has_tangent(x):  # torch.library has no forward mode: the answers' tangents would silently be zero
+            raise NotImplementedError(f"{op}: no forward-mode derivatives; use torch.autograd.grad")
     if queries.shape[1] != points.shape[1]:
         raise ValueError(
             f"{op}: expected queries and bank with the same number of columns; got {tuple(queries.shape)} and {tuple(points.shape)}"
@@ -224,8 +235,10 @@ def _bandwidth_rows(op: str, bandwidth, queries: Tensor) -> Tensor:
     """(Q,) in the dtype of the answers."""
     dtype = _answer_dtype(queries)
     if isinstance(bandwidth, Real) and not isinstance(bandwidth, bool):
-        if not 0 < bandwidth < math.inf:
-            raise ValueError(f"{op}: bandwidth must be positive and finite; got {bandwidth}")
+        limits = torch.finfo(dtype)
+        if not limits.tiny <= bandwidth <= limits.max:
+            in_range = "positive and finite" if not 0 < bandwidth < math.inf else f"in the range of {dtype}"
+            raise ValueError(f"{op}: bandwidth must be {in_range}; got {bandwidth}")
         return torch.full((len(queries),), float(bandwidth), dtype=dtype, device=queries.device)
     try:
         h = _arrays.tensor(op, "bandwidth", bandwidth)
@@ -237,9 +250,11 @@ def _bandwidth_rows(op: str, bandwidth, queries: Tensor) -> Tensor:
         raise TypeError(f"{op}: bandwidth must be in a floating-point dtype; got {h.dtype}")
     if h.device != queries.device and h.dim() == 1:
         raise ValueError(f"{op}: expected bandwidth on the device of the queries, {queries.device}; got {h.device}")
-    if not torch.compiler.is_compiling() and not bool(((h > 0) & torch.isfinite(h)).all()):
-        wrong = h.flatten()[~((h > 0) & torch.isfinite(h)).flatten()][0].item()
-        raise ValueError(f"{op}: bandwidth must be positive and finite; got {wrong}")
+    if not torch.compiler.is_compiling():
+        cast = h.detach().to(dtype)
+        valid = (cast > 0) & torch.isfinite(cast)
+        if not bool(valid.all()):
+            raise ValueError(f"{op}: bandwidth must be positive and finite in {dtype}; got {h[~valid].flatten()[0].item()}")
     if h.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(f"{op}: no derivative in bandwidth; pass bandwidth.detach()")
     return h.to(device=queries.device, dtype=dtype).expand(len(queries)).contiguous()
@@ -254,11 +269,15 @@ def _truncation(sqdist, index, h, log_weight: Tensor | None, n: int, self_rows: 
     if log_weight is not None:
         weight = log_weight.double().exp()
         skipped = 0 if self_rows is None else torch.where(skips, weight[self_rows.clamp(min=0)], 0)
-        rest = torch.where(rest > 0, (weight.sum() - weight[index].sum(1) - skipped).clamp(min=0), 0)
-    log_kept = torch.logsumexp(reference.kernel_logits(sqdist, index, h, log_weight), 1)
-    log_last = -sqdist[:, -1] / (2 * h.square())
+        difference = weight.sum() - weight[index].sum(1) - skipped
+        cancelled = 4 * n * torch.finfo(torch.float64).eps * weight.sum()  # what the subtraction may have lost of a small rest
+        rest = torch.where(rest > 0, difference.clamp(min=0) + cancelled, 0)
+    exponent = sqdist.double() / (2 * h.double().square()[:, None])
+    log_kept = torch.logsumexp(-exponent if log_weight is None else log_weight[index] - exponent, 1)
+    log_last = -exponent[:, -1]
     rounding = 8 * torch.finfo(h.dtype).eps * (1 + log_last.abs() + log_kept.abs())  # a bound must not fail in its last bit
-    return rest.log().to(h.dtype) + log_last - log_kept + rounding
+    # neighbours at infinity: whatever was dropped lies there, too
+    return torch.where(log_last == -math.inf, -math.inf, rest.log() + log_last - log_kept + rounding).to(h.dtype)
 
 
 @torch.library.register_fake("ltkernels::bank_prepare")
@@ -328,36 +347,41 @@ def _setup_knn_kde(ctx, inputs, output):
 def _backward_knn_kde(ctx, grad_log_density, grad_score, grad_sqdist, _):
     queries, points, bandwidth, log_weight, score, sqdist, index = ctx.saved_tensors
     need_queries, need_points, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[9]
-    if grad_score is not None and (need_points or need_weight):
-        raise NotImplementedError("knn_kde_grad: score is differentiable in queries only; detach the bank's points and log_weight")
     diff_sum, diff_dot, diff_scatter = (getattr(torch.ops.ltkernels, f"diff_{name}") for name in ("sum", "dot", "scatter"))
     inverse = bandwidth[:, None].square().reciprocal()  # 1 / h^2
     weight = torch.softmax(reference.kernel_logits(sqdist, index, bandwidth, log_weight), 1)
     grad_queries = grad_points = grad_weight = None
 
-    coefficient = None  # of (z_i - q) in grad_queries: what comes from sqdist and from score
+    along = curvature = None  # d (score . v) / d log w_i, and its coefficient of (z_i - q)
+    if grad_score is not None:
+        along = weight * (diff_dot(queries, points, index, grad_score) * inverse - (score * grad_score).sum(1, keepdim=True))
+        curvature = along * inverse
     if need_queries:
         grad_queries = torch.zeros_like(score)
         if grad_log_density is not None:
             grad_queries = grad_queries + grad_log_density[:, None] * score
-        if grad_sqdist is not None:
-            coefficient = -2 * grad_sqdist
+        coefficient = None if grad_sqdist is None else -2 * grad_sqdist
         if grad_score is not None:
-            along = diff_dot(queries, points, index, grad_score) * inverse - (score * grad_score).sum(1, keepdim=True)
-            curvature = weight * along * inverse
             coefficient = curvature if coefficient is None else coefficient + curvature
             grad_queries = grad_queries - grad_score * inverse
         if coefficient is not None:
             grad_queries = grad_queries + diff_sum(queries, points, index, coefficient)
         grad_queries = grad_queries.to(queries.dtype)
-    if need_points and (grad_log_density is not None or grad_sqdist is not None):
-        coefficient = 0 if grad_sqdist is None else 2 * grad_sqdist
+    if need_points:
+        coefficient = torch.zeros_like(sqdist) if grad_sqdist is None else 2 * grad_sqdist
         if grad_log_density is not None:
             coefficient = coefficient - grad_log_density[:, None] * weight * inverse
-        grad_points = diff_scatter(queries, points, index, coefficient).to(points.dtype)
-    if need_weight and grad_log_density is not None:
-        rows = (grad_log_density[:, None] * weight).flatten()
-        grad_weight = reference.scatter_add(torch.zeros_like(log_weight), index.flatten(), rows)
+        if grad_score is not None:
+            coefficient = coefficient - curvature
+        grad_points = diff_scatter(queries, points, index, coefficient)
+        if grad_score is not None:  # score also moves with z_i itself, by w_i / h^2; the scatter of 0 - (-v)
+            origin = torch.zeros_like(points, dtype=score.dtype)
+            grad_points = grad_points + diff_scatter(-grad_score, origin, index, weight * inverse)
+        grad_points = grad_points.to(points.dtype)
+    if need_weight and (grad_log_density is not None or grad_score is not None):
+        rows = torch.zeros_like(weight) if grad_log_density is None else grad_log_density[:, None] * weight
+        rows = rows if grad_score is None else rows + along
+        grad_weight = reference.scatter_add(torch.zeros_like(log_weight), index.flatten(), rows.flatten())
     return grad_queries, grad_points, None, None, None, None, None, None, None, grad_weight
 
 

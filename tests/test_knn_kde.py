@@ -1,6 +1,9 @@
 import math
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,17 +109,13 @@ def test_per_row_bandwidth_and_weights(backend, device):
 
 
 def test_whole_bank_is_the_ordinary_kernel_density_estimate(backend, device):
-    queries, points = gaussian(6, 300, 50)
-    ours = knn_kde_grad(queries.to(device), points.to(device), 300 if device == "cpu" else 256, bandwidth=0.8, kernel_norm="density")
-    theirs = KernelDensity(bandwidth=0.8).fit(points[: 300 if device == "cpu" else 256].numpy()).score_samples(queries.numpy())
-    if device == "cpu":
+    queries, points = gaussian(6, 250, 50)  # 256 neighbours is the limit on a GPU
+    for weight in (None, np.linspace(0.1, 2, 250)):
+        log_weight = None if weight is None else torch.from_numpy(weight).log().float().to(device)
+        bank = Bank(points.to(device), log_weight=log_weight)
+        ours = knn_kde_grad(queries.to(device), bank, 250, bandwidth=0.8, kernel_norm="density")
+        theirs = KernelDensity(bandwidth=0.8).fit(points.numpy(), sample_weight=weight).score_samples(queries.numpy())
         np.testing.assert_allclose(ours.log_density.cpu().numpy(), theirs, rtol=1e-5, atol=1e-5)
-    weight = np.linspace(0.1, 2, 300)
-    theirs = KernelDensity(bandwidth=0.8).fit(points.numpy(), sample_weight=weight).score_samples(queries.numpy())
-    if device == "cpu":
-        bank = Bank(points, log_weight=torch.from_numpy(weight).log().float())
-        ours = knn_kde_grad(queries, bank, 300, bandwidth=0.8, kernel_norm="density")
-        np.testing.assert_allclose(ours.log_density.numpy(), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -137,6 +136,28 @@ def test_truncation_bounds_what_was_dropped(name, backend, device, record_proper
     assert (slack >= -2e-5 * kept[known].abs().clamp(min=1)).all()
     if known.any():
         record_property("median slack", slack.median().item())
+
+
+@pytest.mark.parametrize("heaviest", [0.0, 60.0])
+def test_truncation_bounds_with_weights_and_without_oneself(heaviest, backend, device):
+    """A weight of e^60 among ones: what is left of the sum after subtracting it would be nothing but rounding."""
+    _, points = gaussian(3, 100, 1)
+    log_weight = torch.linspace(-1, 1, 100)
+    log_weight[0] = heaviest
+    kde = knn_kde_grad(
+        points.to(device), Bank(points.to(device), log_weight=log_weight.to(device)), 5, bandwidth=1.0, self_index=True
+    )
+    normalised = (log_weight - log_weight.logsumexp(0) + math.log(100)).double()
+    args = points.double(), points.double(), 99, torch.ones(100, dtype=torch.float64), torch.arange(100), normalised
+    gain = reference.knn_kde(*args)[0] + math.log(99) - (kde.log_density.cpu().double() + math.log(5))
+    assert (torch.log1p(kde.truncation.cpu().double().exp()) - gain >= -1e-5 * gain.abs().clamp(min=1)).all()
+
+
+def test_truncation_where_neighbours_are_at_infinity(backend, device):
+    points = torch.randn(10, 3)
+    points[5:] = math.nan
+    kde = knn_kde_grad(torch.zeros(2, 3, device=device), points.to(device), 7, bandwidth=1.0)
+    assert kde.log_density.isfinite().all() and (kde.truncation == -math.inf).all()
 
 
 def test_truncation_is_minus_infinity_when_nothing_is_dropped(backend, device):
@@ -196,7 +217,17 @@ def test_gradcheck():
 
     assert torch.autograd.gradcheck(density, (queries, points, log_weight))
     assert torch.autograd.gradcheck(lambda q, x: knn(q, x, 7).sqdist, (queries, points))
-    assert torch.autograd.gradcheck(lambda q: knn_kde_grad(q, points.detach(), 7, bandwidth=0.9).score, (queries,))
+
+    def score(queries, points, log_weight):
+        return knn_kde_grad(queries, Bank(points, log_weight=log_weight), 7, bandwidth=0.9).score
+
+    assert torch.autograd.gradcheck(score, (queries, points, log_weight))
+
+
+def test_gradcheck_of_points_that_are_queries_too():
+    _, points = _double_inputs()
+    assert torch.autograd.gradcheck(lambda x: knn_kde_grad(x, x, 7, bandwidth=0.9, self_index=True).log_density, (points,))
+    assert torch.autograd.gradcheck(lambda x: knn_kde_grad(x, x, 7, bandwidth=0.9, self_index=True).score, (points,))
 
 
 def test_gradgradcheck_in_the_queries():
@@ -223,14 +254,25 @@ def test_gradients_come_in_the_dtype_of_the_input(backend, device):
 
 def test_what_is_not_differentiable_raises():
     queries, points = _double_inputs()
-    with pytest.raises(NotImplementedError, match="score is differentiable in queries only"):
-        knn_kde_grad(queries, points, 7, bandwidth=0.9).score.sum().backward()
     with pytest.raises(NotImplementedError, match="no derivative in bandwidth"):
         knn_kde_grad(queries, points, 7, bandwidth=torch.tensor(0.9, requires_grad=True))
     log_density = knn_kde_grad(queries, points, 7, bandwidth=0.9).log_density.sum()
     (gradient,) = torch.autograd.grad(log_density, points, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable no further"):
         gradient.sum().backward()
+
+
+def test_forward_mode_raises_instead_of_answering_zeros():
+    queries, points = (x.detach() for x in _double_inputs())
+    for call in (lambda q: knn_kde_grad(q, points, 7, bandwidth=0.9).log_density, lambda q: knn(q, points, 7).sqdist):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            torch.func.jvp(call, (queries,), (queries,))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            torch.func.jacfwd(call)(queries)
+        with torch.autograd.forward_ad.dual_level():
+            with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+                call(torch.autograd.forward_ad.make_dual(queries, queries))
+            assert torch.isfinite(call(queries)).all()
 
 
 def test_torch_func_is_refused_by_torch_itself():
@@ -264,11 +306,14 @@ def test_compiles_into_one_graph(backend, device):
         return kde.log_density.sum() + kde.potential(0.1)[0].sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    knn(bank.points, bank, 40, self_index=True)  # a bank that holds warm bounds
     for target in (points, bank):
         q = queries.clone().requires_grad_()
         (eager,) = torch.autograd.grad(loss(q, target), q)
         (graph,) = torch.autograd.grad(compiled(q, target), q)
         torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-5)
+    warm = torch.compile(lambda q, b: knn(q, b, 9, self_index=True).sqdist, fullgraph=True, backend="aot_eager")
+    assert torch.equal(warm(points.clone(), bank), knn(points, points, 9, self_index=True).sqdist)
     leave_one_out = torch.compile(
         lambda x: knn_kde_grad(x, x, 30, bandwidth=1.3, self_index=True).score, fullgraph=True, backend="aot_eager"
     )
@@ -374,3 +419,17 @@ def test_memory_is_never_queries_times_points():
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     for peak in map(float, run.stdout.split()):
         assert peak < 128, f"{peak:.0f} MB beyond the inputs; a Q x N matrix of float32 would be 1024 MB"
+
+
+ISA_NEEDS = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+X86_FLAGS = set(re.search(r"^flags\s*:(.*)$|\Z", Path("/proc/cpuinfo").read_text(), re.MULTILINE).group().split())
+
+
+@pytest.mark.skipif(not ltkernels.build_info()["cpp"], reason="the instruction sets are the cpu backend's; there is no compiled part")
+@pytest.mark.parametrize("isa", [isa for isa, needs in ISA_NEEDS.items() if needs <= X86_FLAGS])
+def test_every_instruction_set_of_this_processor(isa):
+    """The hard cases once more in a process of its own, on each path that the library can choose at run time."""
+    cases = "test_hard_case and cpu and not 512 and not 2048"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", cases]
+    run = subprocess.run(command, env={**os.environ, "LTKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(f"ltkernels: the command must be one of {', '.join(COMMANDS)}; got {name!r}")
     try:
         return {"dgd": _dgd, "figures": _figures, "fetch": _fetch}[name](rest)
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         return _complain(str(error))
 
 

@@ -49,6 +49,7 @@ class Stage:
     modules: dict[str, nn.Module]  # saved with every checkpoint
     lr: dict[str, float]  # first learning rate of each module that the optimiser moves; it falls to zero along a cosine
     cache: dict[str, Tensor]  # whatever else the next step depends on
+    stream = ""  # key of its random numbers where it is not the name: stages to be compared draw the same ones
 
     def loss(self, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of step `step`, and 0-dim figures for the log."""
@@ -80,7 +81,7 @@ def train(
         for step in range(done, stage.steps):
             for group, lr in zip(optimiser.param_groups, stage.lr.values(), strict=True):
                 group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
-            loss, figures = stage.loss(step, generator(seed, rank, stage.name, step, device=device))
+            loss, figures = stage.loss(step, generator(seed, rank, stage.stream or stage.name, step, device=device))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(params, clip)

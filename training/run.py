@@ -131,6 +131,7 @@ def open_folder(settings: DGDConfig, preset: DGDConfig, dataset: data.Dataset) -
             raise FileExistsError(f"dgd: {folder} already holds {state}; give --resume, --overwrite or another --out")
         if not stored.is_file():
             raise FileExistsError(f"dgd: --overwrite deletes runs only, and {folder} holds no config.json")
+        config.read(stored, type(settings))  # another program's config.json is refused
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not settings.resume:

@@ -346,7 +346,11 @@ struct Baseline {
 
 #if LT_X86
 #define LT_AVX2 __attribute__((target("avx2,fma")))
+#if defined(__clang__)
+#define LT_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
+#else  // GCC would vectorise plain loops with half the width
 #define LT_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")))
+#endif
 
 struct Avx2 {
   LT_ISA_BODY(Avx2, LT_AVX2, 32, 4, 3)

@@ -49,8 +49,8 @@ using torch::headeronly::Half;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr float kLargestNorm = 1e37f;           // beyond, sums of norms and products could overflow
-constexpr int64_t kBlockFloats = 512 * 1024;    // a packed block: 2 MiB, shares of the last-level cache
+constexpr float kLargestNorm = 1e37f;            // beyond, sums of norms and products could overflow
+constexpr int64_t kBlockFloats = 512 * 1024;     // a packed block: 2 MiB, shares of the last-level cache
 constexpr int64_t kSubBlockFloats = 128 * 1024;  // query rows that stay in L2 while a panel of the bank passes
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -139,6 +139,12 @@ class PairSchedule {
     return false;
   }
 
+  // A worker that fails keeps its blocks, and the others would wait for them forever: nothing is left for anybody.
+  void abort() {
+    const std::lock_guard lock(mutex_);
+    remaining_ = 0;
+  }
+
  private:
   bool take(int64_t& i, int64_t& j, int64_t column) {
     if (busy_[column] || left_[column] == 0) return false;
@@ -184,7 +190,7 @@ class Search {
     zeros_.assign(p_.d, 0.f);
     capacity_ = std::min(p_.n, std::max<int64_t>(3 * p_.k, 192));
     // Blocks are whole tiles of every instruction set (96 is a multiple of 12 and 32, of 4 and 24, of 8).
-    block_ = std::clamp<int64_t>(kBlockFloats / p_.d, 96, 4096);
+    block_ = std::clamp<int64_t>(kBlockFloats / p_.d, 384, 4096);
     const bool whole_bank = static_cast<const void*>(p_.queries) == p_.points && p_.q == p_.n;
     // With very large k the queues of all rows at once would outweigh the outputs.
     symmetric_ = whole_bank && capacity_ <= 2048;
@@ -234,7 +240,12 @@ class Search {
     start(queues, {0, p_.n});
     PairSchedule schedule(divide_up(p_.n, block_));
     for_each_worker([&](Worker<T>& w) {
-      for (int64_t i = -1, j = -1; schedule.next(i, j);) sweep(w, queues[0], block(i, p_.n), block(j, p_.n));
+      try {
+        for (int64_t i = -1, j = -1; schedule.next(i, j);) sweep(w, queues[0], block(i, p_.n), block(j, p_.n));
+      } catch (...) {
+        schedule.abort();
+        throw;
+      }
     });
     finish(queues, {0, p_.n});
   }
@@ -454,9 +465,7 @@ class Search {
     if (id == self_of(row)) return;
     const Candidates queue = queues.of(slot);
     uint32_t count = queues.count[slot];
-    if (count == capacity_) {
-      count = make_room(w, row, queue, count, queues.sqnorm[slot], queues.limit[slot]);
-    }
+    if (count == capacity_) count = make_room(w, row, queue, count, queues.sqnorm[slot], queues.limit[slot]);
     queue.low[count] = low;
     queue.id[count] = static_cast<uint32_t>(id);
     queues.count[slot] = count + (low <= queues.limit[slot]);

@@ -319,6 +319,17 @@ def test_the_paper_lets_both_losses_reach_the_encoder(blobs):
     assert gradient("both") > 0 and gradient("infonce") == 0
 
 
+def test_without_guidance_the_two_runs_that_are_compared_are_one(blobs, tmp_path):
+    x, _ = blobs
+    ends = []
+    for name in ("joint", "joint-eta0"):
+        config = small(eta0=0.0, joint_epochs=3)
+        stage = Joint(x, build_modules(x, config), config, 3, name)
+        train(stage, tmp_path / name, seed=config.seed, progress=False)
+        ends.append(torch.cat([p.detach().flatten() for module in stage.modules.values() for p in module.parameters()]))
+    assert torch.equal(*ends)
+
+
 def test_a_run_leaves_everything_it_promises(blobs, tmp_path, capsys):
     x, label = blobs
     np.savez(tmp_path / "blobs.npz", features=x.numpy(), labels=label.numpy())

@@ -156,6 +156,8 @@ class Joint(Stage):
     """Stage 3: L_DM + lambda L_InfoNCE on both networks. Confident pseudo-labels of real and generated latents add positives to
     InfoNCE; where nothing is confident the two views are all there is (G12)."""
 
+    stream = "joint"  # of the run without guidance, too: nothing but guidance tells the two apart
+
     def __init__(self, x: Tensor, modules: dict[str, nn.Module], config: DGDConfig, clusters: int, name: str = "joint"):
         self.x, self.modules, self.config, self.clusters, self.name = x, modules, config, clusters, name
         self.lr = {"latent": config.joint_lr, "head": config.joint_lr, "denoiser": config.lr}  # the field is to outlive a refresh
