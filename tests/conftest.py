@@ -24,6 +24,11 @@ def device(backend):
     return "cuda" if backend in ("cuda", "triton") else "cpu"
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_in_every_run():
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(config, items):
     """Without a card the gpu tests are left out by name, not skipped one by one: the header says which backends were tested."""
     if torch.cuda.is_available():
