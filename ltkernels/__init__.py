@@ -3,7 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .backends import backend, build_info
+from ._library import build_info
+from .backends import backend
 from .bank import Bank
 from .knn_kde import KDE, Neighbors, knn, knn_bandwidth, knn_kde_grad
 

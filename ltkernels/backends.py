@@ -31,6 +31,7 @@ TORCH_SCHEMAS = (  # torch ops on every backend: preparation and the bilinear pi
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MAX_K, MAX_D = 256, 4096  # cuda and triton keep a query's k best in registers and shared memory
+MAX_N = 2**31 - 129  # and number the rows of the bank, padded to whole tiles, in 32 bits
 
 _library_public = torch.library.Library("ltkernels", "DEF")
 _library_native = torch.library.Library("ltkernels_native", "DEF")
@@ -87,13 +88,14 @@ ROUTES = [
 ]
 
 
-def choose(op: str, like: Tensor, d: int, k: int) -> str:
-    """The backend for one call; raises when there is none."""
+def choose(op: str, like: Tensor, n: int, k: int) -> str:
+    """The backend for k neighbours of each row of `like` among n points; raises when there is none."""
+    d = like.shape[1]
     requested = _requested.get()
     if requested is None and os.environ.get("LTKERNELS_BACKEND"):
         requested = _valid(os.environ["LTKERNELS_BACKEND"], "LTKERNELS_BACKEND")
     if requested is not None:
-        _demand(op, requested, like, d, k)
+        _demand(op, requested, like, n, k)
         return requested
     if like.device.type == "cpu":
         if _library.HAS_CPP:
@@ -108,7 +110,7 @@ def choose(op: str, like: Tensor, d: int, k: int) -> str:
     preferred = fitting[0] if fitting else "cuda"
     other = "triton" if preferred == "cuda" else "cuda"
     chosen = other if _missing(preferred, like) and not _missing(other, like) else preferred
-    _demand(op, chosen, like, d, k)
+    _demand(op, chosen, like, n, k)
     return chosen
 
 
@@ -120,11 +122,11 @@ def _missing(name: str, like: Tensor) -> str | None:
     if name == "cpu":
         if device != "cpu":
             return f"it runs on CPU tensors; got {device}"
-        return None if _library.HAS_CPP else f"ltkernels was built without C++ kernels ({build_info()['cpp_reason']})"
+        return None if _library.HAS_CPP else f"ltkernels was built without C++ kernels ({_library.build_info()['cpp_reason']})"
     if name == "cuda":
         if device != "cuda":
             return f"it runs on CUDA tensors; got {device}"
-        return None if _library.HAS_CUDA else f"ltkernels was built without CUDA kernels ({build_info()['cuda_reason']})"
+        return None if _library.HAS_CUDA else f"ltkernels was built without CUDA kernels ({_library.build_info()['cuda_reason']})"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it runs on CUDA tensors, and on CPU tensors only when TRITON_INTERPRET=1 is set before the start; got {device}"
     try:
@@ -134,7 +136,7 @@ def _missing(name: str, like: Tensor) -> str | None:
     return None
 
 
-def _demand(op: str, name: str, like: Tensor, d: int, k: int) -> None:
+def _demand(op: str, name: str, like: Tensor, n: int, k: int) -> None:
     reason = _missing(name, like)
     if reason:
         raise RuntimeError(f"{op}: backend {name!r} is not available here: {reason}")
@@ -144,21 +146,18 @@ def _demand(op: str, name: str, like: Tensor, d: int, k: int) -> None:
             raise TypeError(f"{op}: backend {name!r} takes float16, bfloat16 and float32; got {like.dtype}; {way_round}")
         if k > MAX_K:
             raise ValueError(f"{op}: k must be at most {MAX_K} on backend {name!r}; got k={k}; {way_round}")
-        if d > MAX_D:
-            raise ValueError(f"{op}: rows may have at most {MAX_D} columns on backend {name!r}; got d={d}; {way_round}")
+        if like.shape[1] > MAX_D:
+            raise ValueError(f"{op}: rows may have at most {MAX_D} columns on backend {name!r}; got d={like.shape[1]}; {way_round}")
+        if n > MAX_N:
+            raise ValueError(f"{op}: a bank may have at most {MAX_N} rows on backend {name!r}; got N={n}; {way_round}")
 
 
 def _warn_reference() -> None:
     warnings.warn(
-        f"ltkernels was built without C++ kernels ({build_info()['cpp_reason']}): CPU tensors run on the slow reference backend",
+        f"ltkernels was built without C++ kernels ({_library.build_info()['cpp_reason']}): CPU tensors run on the slow reference backend",
         RuntimeWarning,
         stacklevel=2,
     )
-
-
-def build_info() -> dict:
-    """How the compiled part was made: cuda_archs, cuda_reason (why there are no CUDA kernels), compiler, flags, torch built with."""
-    return _library.build_info()
 
 
 def implementation(op: str, name: str):
@@ -185,7 +184,7 @@ def _routed(op: str):
 
     def kernel(queries, points, *rest):
         k = rest[5]
-        run = implementation(op, choose(public_name, queries, queries.shape[1], k))
+        run = implementation(op, choose(public_name, queries, len(points), k))
         return run(queries.contiguous(), points.contiguous(), *rest)
 
     return kernel

@@ -80,7 +80,7 @@ class Bank:
         from safetensors.torch import save_file
 
         path = Path(path)
-        tensors = {"points": self.points.detach().contiguous()}
+        tensors = {"points": self.points.detach()}
         if self.log_weight is not None:
             tensors["log_weight"] = self.log_weight.detach().contiguous()
         temporary = path.with_name(path.name + ".tmp")
@@ -101,8 +101,8 @@ class Bank:
         warm = self._warm
         if warm is None or k > warm[0] or not _same_memory(queries, self.points):
             return None
-        # f and the radius carry relative errors of about 1e-6; a bound below the true value would lose neighbours
-        return (warm[1] * (1 + 1e-5)).square()
+        # f and the radius carry relative errors of about 1e-6, and squares underflow; a bound below the true value would lose neighbours
+        return (warm[1] * (1 + 1e-5)).square() + torch.finfo(warm[1].dtype).tiny
 
     def _remember(self, queries: Tensor, k: int, sqdist: Tensor) -> None:
         if torch.compiler.is_compiling() or not _same_memory(queries, self.points):
@@ -143,7 +143,7 @@ def _moved_bound(radius: Tensor, old: Tensor, new: Tensor, centre_shift: Tensor,
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     if a is b or torch.compiler.is_compiling():  # a traced graph cannot compare addresses
         return a is b
-    return (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype)
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def _checked_weight(log_weight, points: Tensor) -> Tensor:

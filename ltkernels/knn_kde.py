@@ -237,8 +237,7 @@ def _bandwidth_rows(op: str, bandwidth, queries: Tensor) -> Tensor:
     if isinstance(bandwidth, Real) and not isinstance(bandwidth, bool):
         limits = torch.finfo(dtype)
         if not limits.tiny <= bandwidth <= limits.max:
-            in_range = "positive and finite" if not 0 < bandwidth < math.inf else f"in the range of {dtype}"
-            raise ValueError(f"{op}: bandwidth must be {in_range}; got {bandwidth}")
+            raise ValueError(f"{op}: bandwidth must be positive and finite in {dtype}; got {bandwidth}")
         return torch.full((len(queries),), float(bandwidth), dtype=dtype, device=queries.device)
     try:
         h = _arrays.tensor(op, "bandwidth", bandwidth)
@@ -252,7 +251,7 @@ def _bandwidth_rows(op: str, bandwidth, queries: Tensor) -> Tensor:
         raise ValueError(f"{op}: expected bandwidth on the device of the queries, {queries.device}; got {h.device}")
     if not torch.compiler.is_compiling():
         cast = h.detach().to(dtype)
-        valid = (cast > 0) & torch.isfinite(cast)
+        valid = (cast >= torch.finfo(dtype).tiny) & torch.isfinite(cast)
         if not bool(valid.all()):
             raise ValueError(f"{op}: bandwidth must be positive and finite in {dtype}; got {h[~valid].flatten()[0].item()}")
     if h.requires_grad and torch.is_grad_enabled():

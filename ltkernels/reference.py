@@ -96,10 +96,14 @@ def diff_sum(queries: Tensor, points: Tensor, index: Tensor, coefficient: Tensor
     dtype = _arithmetic(queries.dtype)
     out = torch.empty(queries.shape, dtype=dtype, device=queries.device)
     for rows in _row_chunks(len(queries), index.shape[1] * queries.shape[1]):
-        weight = coefficient[rows, :, None]
-        term = weight * (points[index[rows]].to(dtype) - queries[rows, None].to(dtype))
-        out[rows] = term.masked_fill(weight == 0, 0).sum(1)
+        out[rows] = _terms(queries[rows], points, index[rows], coefficient[rows]).sum(1)
     return out
+
+
+def _terms(queries: Tensor, points: Tensor, index: Tensor, coefficient: Tensor) -> Tensor:
+    dtype = _arithmetic(queries.dtype)
+    weight = coefficient[..., None]
+    return (weight * (points[index].to(dtype) - queries[:, None].to(dtype))).masked_fill(weight == 0, 0)
 
 
 def diff_dot(queries: Tensor, points: Tensor, index: Tensor, vector: Tensor) -> Tensor:
@@ -118,9 +122,7 @@ def diff_scatter(queries: Tensor, points: Tensor, index: Tensor, coefficient: Te
     dtype = _arithmetic(queries.dtype)
     out = torch.zeros(points.shape, dtype=dtype, device=points.device)
     for rows in _row_chunks(len(queries), index.shape[1] * queries.shape[1]):
-        weight = coefficient[rows, :, None]
-        term = weight * (points[index[rows]].to(dtype) - queries[rows, None].to(dtype))
-        scatter_add(out, index[rows].flatten(), term.masked_fill(weight == 0, 0).flatten(0, 1))
+        scatter_add(out, index[rows].flatten(), _terms(queries[rows], points, index[rows], coefficient[rows]).flatten(0, 1))
     return out
 
 

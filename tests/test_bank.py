@@ -7,8 +7,6 @@ from cases import assert_neighbours, gaussian
 
 from ltkernels import Bank, knn, knn_kde_grad
 
-safetensors_torch = pytest.importorskip("safetensors.torch")
-
 
 def test_prepares_what_the_filters_read(backend, device):
     points = gaussian(7, 200, 1)[1] + 1e6
@@ -41,6 +39,7 @@ def test_memmap(tmp_path):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_save_and_load(tmp_path, weighted):
+    pytest.importorskip("safetensors")
     queries, points = gaussian(6, 100, 8)
     bank = Bank(points, log_weight=torch.linspace(-1, 1, 100) if weighted else None)
     bank.save(tmp_path / "bank.safetensors")

@@ -3,11 +3,15 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parents[1]
+BLOCKS = [
+    (page, block)
+    for page in ("README.md", "training/README.md")
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
-def test_code_block_runs(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page, block", BLOCKS, ids=[page for page, _ in BLOCKS])
+def test_code_block_runs(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, str(README), "exec"), {})
+    exec(compile(block, page, "exec"), {})

@@ -86,17 +86,37 @@ WRONG = {
     ),
     "self_index as a string": (lambda: knn(Q, X, 4, self_index="all"), TypeError, "knn: expected self_index as a torch tensor .* got str"),
     # bandwidth
-    "bandwidth 0": (lambda: kde(bandwidth=0), ValueError, "knn_kde_grad: bandwidth must be positive and finite; got 0"),
-    "bandwidth < 0": (lambda: kde(bandwidth=-1.5), ValueError, "knn_kde_grad: bandwidth must be positive and finite; got -1.5"),
-    "bandwidth NaN": (lambda: kde(bandwidth=math.nan), ValueError, "knn_kde_grad: bandwidth must be positive and finite; got nan"),
-    "bandwidth below float32": (lambda: kde(bandwidth=1e-50), ValueError, "knn_kde_grad: bandwidth must be in the range .* got 1e-50"),
-    "bandwidth above float32": (lambda: kde(bandwidth=1e39), ValueError, "knn_kde_grad: bandwidth must be in the range .* got 1e+39"),
+    "bandwidth 0": (lambda: kde(bandwidth=0), ValueError, "knn_kde_grad: bandwidth must be positive and finite in torch.float32; got 0"),
+    "bandwidth < 0": (
+        lambda: kde(bandwidth=-1.5),
+        ValueError,
+        "knn_kde_grad: bandwidth must be positive and finite in torch.float32; got -1.5",
+    ),
+    "bandwidth NaN": (
+        lambda: kde(bandwidth=math.nan),
+        ValueError,
+        "knn_kde_grad: bandwidth must be positive and finite in torch.float32; got nan",
+    ),
+    "bandwidth below float32": (
+        lambda: kde(bandwidth=1e-50),
+        ValueError,
+        "knn_kde_grad: bandwidth must be positive and finite in torch.float32; got 1e-50",
+    ),
+    "bandwidth above float32": (
+        lambda: kde(bandwidth=1e39),
+        ValueError,
+        "knn_kde_grad: bandwidth must be positive and finite in torch.float32; got 1e+39",
+    ),
     "float64 bandwidth below float32": (
         lambda: kde(bandwidth=torch.tensor(1e-50, dtype=torch.float64)),
         ValueError,
         "knn_kde_grad: bandwidth must be positive and finite in torch.float32; got 1e-50",
     ),
-    "bandwidth inf": (lambda: kde(bandwidth=math.inf), ValueError, "knn_kde_grad: bandwidth must be positive and finite; got inf"),
+    "bandwidth inf": (
+        lambda: kde(bandwidth=math.inf),
+        ValueError,
+        "knn_kde_grad: bandwidth must be positive and finite in torch.float32; got inf",
+    ),
     "one bandwidth NaN": (
         lambda: kde(bandwidth=torch.tensor([1.0, 1, math.nan, 1, 1])),
         ValueError,

@@ -1,8 +1,8 @@
 // The inner loops of the CPU kernels, compiled once for each instruction set and chosen at run time.
 //
 // The loops are written with the compiler's vector types (GCC and Clang, any processor) as always-inline templates; a thin
-// wrapper with a target attribute gives each its AVX-512, AVX2+FMA or baseline body, so one binary fits every machine and
-// needs no -march=native. LTKERNELS_CPU_ISA={avx512,avx2,baseline} overrides the choice, so that tests can prove each path.
+// wrapper with a target attribute gives each its AVX-512, AVX2+FMA or baseline body, so one binary fits every
+// machine. LTKERNELS_CPU_ISA={avx512,avx2,baseline} overrides the choice, so that tests can prove each path.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>

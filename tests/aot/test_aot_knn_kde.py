@@ -31,7 +31,6 @@ def launches(monkeypatch, arch, d, k, dtype, self_index, bound, log_weight):
     def meta(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    monkeypatch.setattr(backend, "_check", lambda *_: None)
     monkeypatch.setattr(backend, "_guard", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(backend, "_config", lambda _, aligned: backend._CONFIGS[arch // 10] if aligned else backend._UNALIGNED)
     monkeypatch.setattr(backend, "_multiprocessors", lambda *_: 132)

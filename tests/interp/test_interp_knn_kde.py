@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+import ltkernels
 from ltkernels.triton import knn_kde as backend
+from ltkernels.triton import knn_kde_kernels as kernels
 
 INF, NAN = math.inf, math.nan
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns of the inf and NaN that the hard cases are made of
@@ -182,8 +184,8 @@ def test_compaction(search, order, monkeypatch):
     points = points[points.square().sum(1).argsort(descending=order == "far first")]
     monkeypatch.setattr(backend, "_splits", lambda *_: 1)  # all tiles through one queue
     compacted = []
-    fn = backend._compact
-    monkeypatch.setattr(backend, "_compact", lambda *args: compacted.append(1) or fn(*args))
+    fn = kernels._compact
+    monkeypatch.setattr(kernels, "_compact", lambda *args: compacted.append(1) or fn(*args))
     _, _, exact = search(queries, points, 4)
     assert exact == 0
     assert len(compacted) >= (2 if order == "far first" else 1)
@@ -265,14 +267,16 @@ def test_no_queries():
 
 
 def test_limits_are_named():
-    points = gauss(300, 2)
-    with pytest.raises(ValueError, match=r"knn: k must be in \[1, 256\].*got k=257"):
-        backend.knn(points, points, *prepare(points), None, None, 257)
-    wide = torch.zeros(1, 4097)
-    with pytest.raises(ValueError, match="d must be at most 4096.*got d=4097"):
-        backend.knn(wide, wide, *prepare(wide), None, None, 1)
-    with pytest.raises(TypeError, match="float64"):
-        backend.knn(points.double(), points.double(), *prepare(points), None, None, 1)
+    points, wide = gauss(300, 2), torch.zeros(1, 4097)
+    with ltkernels.backend("triton"):
+        assert torch.equal(ltkernels.knn(points[:2], points, 3).index, backend.knn(points[:2], points, *prepare(points), None, None, 3)[1])
+        with pytest.raises(ValueError, match="knn: k must be at most 256 on backend 'triton'; got k=257"):
+            ltkernels.knn(points, points, 257)
+        with pytest.raises(ValueError, match="knn: rows may have at most 4096 columns on backend 'triton'; got d=4097"):
+            ltkernels.knn(wide, wide, 1)
+        with pytest.raises(TypeError, match="knn: backend 'triton' takes float16, bfloat16 and float32; got torch.float64"):
+            ltkernels.knn(points.double(), points.double(), 1)
+
 
 
 def test_error_terms_hold():

@@ -1,0 +1,129 @@
+// What the CPU search keeps of each query row and of each thread, and the schedule of a bank against itself.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "cpu_isa.h"
+
+namespace ltkernels {
+namespace {
+
+using isa::Wide;
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+template <class T>
+struct CacheLines {  // allocator: a vector register loaded from a packed panel must not straddle two lines
+  using value_type = T;
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64})); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{64}); }
+  bool operator==(const CacheLines&) const { return true; }
+};
+using AlignedFloats = std::vector<float, CacheLines<float>>;
+
+// A candidate: its bank row and a lower bound of (f - |q'|^2) / 2, up to the row's own margin.
+struct Candidates {
+  float* low;
+  uint32_t* id;
+};
+
+// Candidate queues of the query rows [first, first + rows).
+struct Queues {
+  int64_t first = 0, capacity = 0;
+  std::vector<float> sqnorm, limit;  // |q'|^2: +inf switches the filter off, NaN (also the limit) the whole row
+  std::vector<uint32_t> count;
+  std::unique_ptr<std::byte[]> memory;  // a row's lows, then its ids; not initialised: pages are touched as they fill
+
+  void resize(int64_t rows, int64_t row_capacity) {
+    capacity = row_capacity;
+    sqnorm.resize(rows), limit.resize(rows), count.resize(rows);
+    memory.reset(new std::byte[rows * capacity * (sizeof(float) + sizeof(uint32_t))]);
+  }
+
+  Candidates of(int64_t slot) const {
+    std::byte* row = memory.get() + slot * capacity * (sizeof(float) + sizeof(uint32_t));
+    return {reinterpret_cast<float*>(row), reinterpret_cast<uint32_t*>(row + capacity * sizeof(float))};
+  }
+};
+
+template <class T>
+struct Ranked {
+  Wide<T> f;
+  uint32_t id;
+  float low;
+  bool operator<(const Ranked& other) const { return f < other.f || (f == other.f && id < other.id); }
+};
+
+// Scratch of one thread.
+template <class T>
+struct Worker {
+  AlignedFloats a, b, tile;                 // packed query block, packed bank block, their products
+  std::vector<float> row_floor, col_floor;  // per row of the blocks: low + q'.c
+  std::vector<float> shifted, low;
+  std::vector<uint32_t> id;
+  std::vector<double> f, weight, sum;
+  std::vector<Wide<T>> query, buffer;
+  std::vector<Ranked<T>> ranked;
+  int64_t packed_bank = -1;
+};
+
+// Hands out pairs of blocks (i <= j) so that no block is in two hands; a worker keeps its j while it can, as j is packed.
+class PairSchedule {
+ public:
+  explicit PairSchedule(int64_t blocks) : blocks_(blocks), left_(blocks), busy_(blocks), done_(blocks * blocks) {
+    for (int64_t j = 0; j < blocks; ++j) left_[j] = j + 1;
+    remaining_ = blocks * (blocks + 1) / 2;
+  }
+
+  // Gives back (i, j) unless i < 0 and replaces it by the next pair; false when none is left.
+  bool next(int64_t& i, int64_t& j) {
+    std::unique_lock lock(mutex_);
+    if (i >= 0) busy_[i] = busy_[j] = false;
+    while (remaining_ > 0) {
+      if (i >= 0 && take(i, j, j)) return true;
+      for (int64_t column = blocks_ - 1; column >= 0; --column) {
+        if (take(i, j, column)) return true;
+      }
+      lock.unlock();  // all that is left touches blocks in other hands
+      std::this_thread::yield();
+      lock.lock();
+    }
+    return false;
+  }
+
+  // A worker that fails keeps its blocks, and the others would wait for them forever: nothing is left for anybody.
+  void abort() {
+    const std::lock_guard lock(mutex_);
+    remaining_ = 0;
+  }
+
+ private:
+  bool take(int64_t& i, int64_t& j, int64_t column) {
+    if (busy_[column] || left_[column] == 0) return false;
+    for (int64_t row = 0; row <= column; ++row) {
+      if (busy_[row] || done_[column * blocks_ + row]) continue;
+      i = row, j = column;
+      busy_[i] = busy_[j] = done_[column * blocks_ + row] = true;
+      --left_[column], --remaining_;
+      return true;
+    }
+    return false;
+  }
+
+  int64_t blocks_, remaining_;
+  std::vector<int64_t> left_;
+  std::vector<uint8_t> busy_, done_;
+  std::mutex mutex_;
+};
+
+}  // namespace
+}  // namespace ltkernels
