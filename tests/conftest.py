@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 
@@ -36,3 +38,19 @@ def pytest_collection_modifyitems(config, items):
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=gpu)
+
+
+_covered = Counter()
+
+
+@pytest.fixture(scope="session")
+def covered():
+    """What the layers without a GPU count up and the end of the run prints."""
+    return _covered
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _covered:
+        terminalreporter.section("shown without a GPU")
+        for what, count in sorted(_covered.items()):
+            terminalreporter.write_line(f"{count:6d} {what}")

@@ -274,7 +274,8 @@ __device__ __forceinline__ void density(FinishShared& sm, const Problem<T>& p, i
   __syncthreads();
   int width = 8;
   while (width < p.d && width < kFinishThreads) width *= 2;
-  const int share = tid / width, shares = kFinishThreads / width;  // for small d several threads share a dimension
+  // For small d several threads share a dimension, and the loop below has one turn; with more turns nobody shares.
+  const int share = tid / width, shares = kFinishThreads / width;
   for (int first = 0; first < p.d; first += width) {
     const int l = first + tid % width;
     float sum = 0.0f;
@@ -292,7 +293,6 @@ __device__ __forceinline__ void density(FinishShared& sm, const Problem<T>& p, i
       for (int other = 1; other < shares; ++other) sum += sm.partial[tid + other * width];
       p.score[row * p.d + l] = static_cast<float>(sum / static_cast<double>(sm.total) / (h * h));
     }
-    __syncthreads();
   }
 }
 

@@ -10,6 +10,7 @@
 #include <vector_functions.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -28,28 +29,18 @@ inline constexpr int warpSize = 32;
 
 namespace simt {
 
-struct Site {
-  const char* file;
-  int line;
-};
+struct Site { const char* file; int line; };
 // As last parameter: the call site, for reports and for telling two barriers apart.
 #define SIMT_HERE ::simt::Site where = {__builtin_FILE(), __builtin_LINE()}
 
-enum class Order { kForward, kReverse, kRandom };  // in which warps, lanes and blocks take their turns
+enum Order : int { kForward, kReverse, kRandom };  // in which warps, lanes and blocks take their turns
 struct Options {
-  Order order = Order::kForward;
+  Order order = kForward;
   uint64_t seed = 0;
+  // Takes the launches in place of the fibers: mangled name, grid and block (x, y, z each), where each parameter lies.
+  int (*executor)(const char* kernel, const unsigned* grid_block, size_t smem, void* const* params) = nullptr;
 };
-Options& options();
-const std::string& error();  // of the last launch, empty after a good one
-
-template <class To, class From>
-To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
+extern Options options;
 
 namespace detail {
 
@@ -60,13 +51,17 @@ void copy_issue(void* shared, const void* global, int bytes, bool valid, Site wh
 void copy_commit();
 void copy_wait(int pending);
 void preempt();  // lets another thread go first, if the order is random and the dice say so
+void fence();
+int atomic_order();  // relaxed, and acq_rel after a __threadfence: what ThreadSanitizer goes by
 
-// Every lane of mask brings one value; the last to arrive runs combine over all of them (null outside mask).
+// Every lane of mask brings one value; the last to arrive runs combine over all of them (null outside mask). A null
+// combine is a barrier of the lanes; other collectives order no memory.
 using Combine = void (*)(void* const* lanes, unsigned mask);
 void collective(unsigned mask, void* value, Combine combine, const char* name, Site where);
 int barrier(int predicate, int (*fold)(int, int), const char* name, Site where);
 
-cudaError_t run(dim3 grid, dim3 block, size_t smem, void (*thread)(void*), void* context);
+cudaError_t run(const void* kernel, void* const* params, dim3 grid, dim3 block, size_t smem, void (*thread)(void*),
+                void* context);
 
 // Source()(lane, n): the lane that `lane` reads, itself where CUDA says so.
 template <class Source, class T>
@@ -112,7 +107,7 @@ T atomic(T* address, T value) {
   T before, after;
   __atomic_load(address, &before, __ATOMIC_RELAXED);
   do after = Next()(before, value);
-  while (!__atomic_compare_exchange(address, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  while (!__atomic_compare_exchange(address, &before, &after, false, atomic_order(), __ATOMIC_RELAXED));
   return before;
 }
 
@@ -126,7 +121,11 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem
     Call& call = *static_cast<Call*>(context);
     std::apply(call.kernel, call.params);
   };
-  return detail::run(grid, block, smem, +thread, &call);
+  const auto run = [&](Params&... params) {
+    void* const addresses[] = {&params..., nullptr};
+    return detail::run(reinterpret_cast<const void*>(kernel), addresses, grid, block, smem, +thread, &call);
+  };
+  return std::apply(run, call.params);
 }
 
 }  // namespace simt
@@ -144,7 +143,7 @@ inline void __syncthreads(SIMT_HERE) { simt::detail::barrier(0, nullptr, "__sync
 SIMT_BARRIER(__syncthreads_or, |) SIMT_BARRIER(__syncthreads_and, &) SIMT_BARRIER(__syncthreads_count, +)
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_HERE) {
-  simt::detail::collective(mask, &mask, [](void* const*, unsigned) {}, "__syncwarp", where);
+  simt::detail::collective(mask, nullptr, nullptr, "__syncwarp", where);
 }
 #define SIMT_SHUFFLE(name, Source) /* without CUDA's width: a mask and an index say the same */ \
   template <class T> T name(unsigned mask, T v, int n, SIMT_HERE) {                         \
@@ -169,13 +168,13 @@ inline unsigned __ballot_sync(unsigned mask, int p, SIMT_HERE) {
 SIMT_ATOMIC(atomicAdd, std::plus<>) SIMT_ATOMIC(atomicExch, simt::detail::Second)
 SIMT_ATOMIC(atomicMin, simt::detail::Min) SIMT_ATOMIC(atomicMax, simt::detail::Max)
 SIMT_ATOMIC(atomicOr, std::bit_or<>) SIMT_ATOMIC(atomicAnd, std::bit_and<>)
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() { simt::detail::fence(); }
 
 // Bits and arithmetic -------------------------------------------------------------------------------------------------
-inline unsigned __float_as_uint(float v) { return simt::bit_cast<unsigned>(v); }
-inline int __float_as_int(float v) { return simt::bit_cast<int>(v); }
-inline float __uint_as_float(unsigned v) { return simt::bit_cast<float>(v); }
-inline float __int_as_float(int v) { return simt::bit_cast<float>(v); }
+inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
+inline int __float_as_int(float v) { return std::bit_cast<int>(v); }
+inline float __uint_as_float(unsigned v) { return std::bit_cast<float>(v); }
+inline float __int_as_float(int v) { return std::bit_cast<float>(v); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __clz(int v) { return v ? __builtin_clz(static_cast<unsigned>(v)) : 32; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }

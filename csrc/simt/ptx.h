@@ -56,7 +56,7 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   struct Lane { float* c; const uint32_t *a, *b; } self{c, a, b};
   const auto multiply = [](void* const* lanes, unsigned) {
     const auto lane = [&](int i) -> Lane& { return *static_cast<Lane*>(lanes[i]); };
-    const auto tf32 = [](uint32_t bits) { return simt::bit_cast<float>(bits & 0xffffe000u); };
+    const auto tf32 = [](uint32_t bits) { return std::bit_cast<float>(bits & 0xffffe000u); };
     float a[16][8], b[8][8];
     for (int i = 0; i < 32; ++i) {
       const int g = i / 4, t = i % 4;

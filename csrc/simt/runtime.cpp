@@ -2,6 +2,7 @@
 // wait for others, so a kernel that forgets a barrier reads what has not been written yet in one of the orders.
 #include "simt.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -14,10 +15,6 @@
 #include <sstream>
 #include <vector>
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -26,49 +23,40 @@
 #define SIMT_ASAN(...)
 #endif
 
+// ThreadSanitizer takes every fiber for a thread and learns here what orders their accesses. This file is built without
+// -fsanitize=thread, but with SIMT_TSAN: how it moves data is nothing that the kernel does.
+#if defined(SIMT_TSAN)
+#include <sanitizer/tsan_interface.h>
+#define SIMT_TSAN_ONLY(...) __VA_ARGS__
+extern "C" void __tsan_read_range(const void*, size_t), __tsan_write_range(void*, size_t);
+extern "C" void AnnotateIgnoreReadsBegin(const char*, int), AnnotateIgnoreReadsEnd(const char*, int);
+extern "C" void AnnotateIgnoreWritesBegin(const char*, int), AnnotateIgnoreWritesEnd(const char*, int);
+struct Unseen {  // malloc, memcpy and the lambdas of host.h report to the sanitizer wherever they are called
+  Unseen() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
+  ~Unseen() { AnnotateIgnoreReadsEnd("", 0), AnnotateIgnoreWritesEnd("", 0); }
+};
+#define SIMT_UNSEEN const Unseen unseen;
+#else
+#define SIMT_TSAN_ONLY(...)
+#define SIMT_UNSEEN
+#endif
+
 namespace simt {
 namespace {
 
 // A context is a saved stack pointer; the callee-saved registers lie on the stack it points to.
-#if defined(__x86_64__)
 using Context = void*;
-extern "C" void simt_switch(void** save, void* load);
+extern "C" void simt_switch(Context* save, Context load);
 asm(R"(
 .text
 .globl simt_switch
 simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
+  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
   movq %rsp, (%rdi)
   movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
+  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
   ret
 )");
-void swap_context(Context& save, Context& load) { simt_switch(&save, load); }
-void make_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
-  void** top = reinterpret_cast<void**>(stack + bytes) - 2;  // leaves the stack 8 mod 16 at entry, as after a call
-  *top = reinterpret_cast<void*>(entry);
-  context = top - 6;
-}
-#else
-using Context = ucontext_t;
-void swap_context(Context& save, Context& load) { swapcontext(&save, &load); }
-void make_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
-  getcontext(&context);
-  context.uc_stack.ss_sp = stack;
-  context.uc_stack.ss_size = bytes;
-  makecontext(&context, entry, 0);
-}
-#endif
 
 constexpr size_t kStack = SIMT_ASAN(4 *) 64 * 1024;
 
@@ -82,24 +70,21 @@ struct Fiber {
   Context context;
   char* stack = nullptr;
   uint3 index;
-  int warp, lane;
-  bool done;
+  int warp, lane, groups;  // groups: committed of cp.async
+  std::deque<Copy> copies;
+  bool done, fenced;  // fenced: has passed a __threadfence
   const char* waits_at;  // name of the collective or barrier, null while it can run
   Site site;
   unsigned mask;  // of the collective; 0: a barrier
   detail::Combine combine;
   void* value;
-  int groups;  // committed cp.async groups
-  std::deque<Copy> copies;
   SIMT_ASAN(void* fake_stack = nullptr;)
+  SIMT_TSAN_ONLY(void* tsan = nullptr;)
 };
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
 struct Shared {
-  std::unique_ptr<char, Free> memory;
-  size_t bytes;
+  std::unique_ptr<void, void (*)(void*)> memory{nullptr, std::free};
+  size_t bytes = 0;
 };
 
 std::mutex one_launch;
@@ -116,6 +101,7 @@ void (*thread_main)(void*);
 void* thread_context;
 std::mt19937_64 dice;
 SIMT_ASAN(const void* scheduler_stack; size_t scheduler_stack_bytes;)
+SIMT_TSAN_ONLY(void* scheduler_tsan; std::vector<void*> live; char finished;)
 
 std::ostream& operator<<(std::ostream& out, Site site) { return out << site.file << ":" << site.line; }
 std::ostream& operator<<(std::ostream& out, uint3 v) { return out << "(" << v.x << "," << v.y << "," << v.z << ")"; }
@@ -129,18 +115,19 @@ std::string text(const Parts&... parts) {
 
 bool same(Site a, Site b) { return a.line == b.line && !std::strcmp(a.file, b.file); }
 
-void to_scheduler(bool for_ever = false) {
+void to_scheduler([[maybe_unused]] bool for_ever = false) {
   Fiber* self = current;
   SIMT_ASAN(void** kept = for_ever ? nullptr : &self->fake_stack;
             __sanitizer_start_switch_fiber(kept, scheduler_stack, scheduler_stack_bytes);)
-  (void)for_ever;
-  swap_context(self->context, scheduler);
+  SIMT_TSAN_ONLY(__tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync);)
+  simt_switch(&self->context, scheduler);
   SIMT_ASAN(__sanitizer_finish_switch_fiber(self->fake_stack, &scheduler_stack, &scheduler_stack_bytes);)
 }
 
 void entry() {
   SIMT_ASAN(__sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);)
   thread_main(thread_context);
+  SIMT_TSAN_ONLY(__tsan_release(&finished);)
   current->done = true;
   --alive;
   ready[current->warp] &= ~(1u << current->lane);
@@ -151,7 +138,8 @@ void resume(Fiber& fiber) {
   current = &fiber;
   threadIdx = fiber.index;
   SIMT_ASAN(void* fake; __sanitizer_start_switch_fiber(&fake, fiber.stack, kStack);)
-  swap_context(scheduler, fiber.context);
+  SIMT_TSAN_ONLY(__tsan_switch_to_fiber(fiber.tsan, __tsan_switch_to_fiber_no_sync);)
+  simt_switch(&scheduler, fiber.context);
   SIMT_ASAN(__sanitizer_finish_switch_fiber(fake, nullptr, nullptr);)
   current = nullptr;
 }
@@ -162,14 +150,39 @@ void block_here(const char* name, Site where) {
   ready[current->warp] &= ~(1u << current->lane);
 }
 
+#if defined(SIMT_TSAN)
+// Everything that these lanes of these warps did before is seen by each of them after. The last to arrive acquires for
+// all: one that did it itself would acquire what others had done since. The key is a stack's, so that blocks share none.
+void order(int first, int last, unsigned mask) {
+  Fiber* lead = nullptr;
+  for (const bool acquire : {false, true}) {
+    for (int i = first; i < last; ++i) {
+      if (!(mask >> i % 32 & 1)) continue;
+      if (!lead) lead = &pool[i];
+      __tsan_switch_to_fiber(pool[i].tsan, __tsan_switch_to_fiber_no_sync);
+      acquire ? __tsan_acquire(lead->stack) : __tsan_release(lead->stack);
+    }
+  }
+  __tsan_switch_to_fiber(current->tsan, __tsan_switch_to_fiber_no_sync);
+}
+
+void forget() {
+  for (void* fiber : live) __tsan_destroy_fiber(fiber);
+  live.clear();
+}
+#endif
+
 void wake(Fiber& fiber) {
   fiber.waits_at = nullptr;
   ready[fiber.warp] |= 1u << fiber.lane;
 }
 
 void start(Fiber& fiber, int number) {
+  const size_t page = sysconf(_SC_PAGESIZE);
+  // A new stack is new memory to ThreadSanitizer; on the old one the last block's accesses would race with this one's.
+  SIMT_TSAN_ONLY(if (fiber.stack) munmap(fiber.stack - page, kStack + page); fiber.stack = nullptr;)
+  SIMT_TSAN_ONLY(live.push_back(fiber.tsan = __tsan_create_fiber(0));)
   if (!fiber.stack) {
-    const size_t page = sysconf(_SC_PAGESIZE);
     void* memory = mmap(nullptr, kStack + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     mprotect(memory, page, PROT_NONE);  // running over the end faults instead of eating a neighbour's stack
@@ -178,25 +191,25 @@ void start(Fiber& fiber, int number) {
   SIMT_ASAN(__asan_unpoison_memory_region(fiber.stack, kStack);)  // frames of an aborted launch never returned
   const unsigned n = number;
   fiber.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / (blockDim.x * blockDim.y)};
-  fiber.warp = number / 32;
-  fiber.lane = number % 32;
-  fiber.done = false;
+  fiber.warp = number / 32, fiber.lane = number % 32;
+  fiber.done = fiber.fenced = false;
   fiber.waits_at = nullptr;
   fiber.groups = 0;
   fiber.copies.clear();
-  make_context(fiber.context, fiber.stack, kStack, entry);
+  void** top = reinterpret_cast<void**>(fiber.stack + kStack) - 2;  // 8 mod 16 at entry, as after a call
+  *top = reinterpret_cast<void*>(entry);
+  fiber.context = top - 6;
 }
 
 Shared allocate(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 128, bytes)) throw std::bad_alloc();
-  std::memset(memory, 0xff, bytes);  // NaN and -1: a read of what was never written shows
-  return {std::unique_ptr<char, Free>(static_cast<char*>(memory)), bytes};
+  return {{std::memset(memory, 0xff, bytes), std::free}, bytes};  // NaN and -1: a read of what was never written shows
 }
 
 int pick(unsigned lanes) {
-  if (options().order == Order::kForward) return __builtin_ctz(lanes);
-  if (options().order == Order::kReverse) return 31 - __builtin_clz(lanes);
+  if (options.order == kForward) return __builtin_ctz(lanes);
+  if (options.order == kReverse) return 31 - __builtin_clz(lanes);
   for (int skip = dice() % __builtin_popcount(lanes); skip > 0; --skip) lanes &= lanes - 1;
   return __builtin_ctz(lanes);
 }
@@ -208,8 +221,8 @@ void run_block() {
   int idle = 0;
   for (int turn = 0; alive > 0 && message.empty(); ++turn) {
     int warp = turn % warps;
-    if (options().order == Order::kReverse) warp = warps - 1 - warp;
-    if (options().order == Order::kRandom && idle == 0) warp = dice() % warps;
+    if (options.order == kReverse) warp = warps - 1 - warp;
+    if (options.order == kRandom && idle == 0) warp = dice() % warps;
     idle = ready[warp] ? 0 : idle + 1;
     if (idle > 2 * warps) {
       message = "deadlock";
@@ -221,7 +234,7 @@ void run_block() {
     }
     while (ready[warp] && message.empty()) {
       resume(pool[32 * warp + pick(ready[warp])]);
-      if (options().order == Order::kRandom && dice() % 64 == 0) break;
+      if (options.order == kRandom && dice() % 64 == 0) break;
     }
   }
 }
@@ -229,6 +242,8 @@ void run_block() {
 void land(Fiber& fiber, int oldest_left) {
   while (!fiber.copies.empty() && fiber.copies.front().group < oldest_left) {
     const Copy& copy = fiber.copies.front();
+    SIMT_TSAN_ONLY(__tsan_write_range(copy.target, copy.bytes);)
+    SIMT_UNSEEN
     std::memcpy(copy.target, copy.data, copy.bytes);
     fiber.copies.pop_front();
   }
@@ -236,12 +251,7 @@ void land(Fiber& fiber, int oldest_left) {
 
 }  // namespace
 
-Options& options() {
-  static Options chosen;
-  return chosen;
-}
-
-const std::string& error() { return message; }
+Options options;
 
 namespace detail {
 
@@ -252,6 +262,7 @@ void fail(const std::string& what) {
 }
 
 void* shared_static(size_t bytes, size_t alignment, Site where) {
+  SIMT_UNSEEN
   if (alignment > 128) fail("shared memory: alignment above 128");
   Shared& shared = statics[{where.file, where.line}];
   if (!shared.memory) shared = allocate(bytes);
@@ -259,16 +270,15 @@ void* shared_static(size_t bytes, size_t alignment, Site where) {
 }
 
 void* shared_dynamic(size_t bytes) {
-  if (bytes > dynamic.bytes) {
-    fail(text("the kernel's shared struct has ", bytes, " bytes, the launch gave ", dynamic.bytes));
-  }
+  if (bytes > dynamic.bytes) fail(text("the kernel's shared struct has ", bytes, " bytes, the launch gave ", dynamic.bytes));
   return dynamic.memory.get();
 }
 
 void copy_issue(void* shared, const void* global, int bytes, bool valid, Site where) {
-  if (reinterpret_cast<uintptr_t>(shared) % bytes || reinterpret_cast<uintptr_t>(global) % bytes) {
-    fail(text("cp.async of ", bytes, " bytes: misaligned pointer at ", where));
-  }
+  const auto misaligned = [&](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % bytes != 0; };
+  if (misaligned(shared) || misaligned(global)) fail(text("cp.async of ", bytes, " bytes: misaligned pointer at ", where));
+  SIMT_TSAN_ONLY(if (valid) __tsan_read_range(global, bytes); __tsan_write_range(shared, bytes);)
+  SIMT_UNSEEN
   Copy copy{shared, bytes, current->groups, {}};
   if (valid) std::memcpy(copy.data, global, bytes);
   current->copies.push_back(copy);
@@ -279,38 +289,36 @@ void copy_commit() { ++current->groups; }
 
 void copy_wait(int pending) { land(*current, current->groups - pending); }
 
-void preempt() {
-  if (options().order == Order::kRandom && dice() % 16 == 0) to_scheduler();
-}
+void preempt() { if (options.order == kRandom && dice() % 16 == 0) to_scheduler(); }
+void fence() { current->fenced = true; }
+int atomic_order() { return current->fenced ? __ATOMIC_ACQ_REL : __ATOMIC_RELAXED; }
 
 void collective(unsigned mask, void* value, Combine combine, const char* name, Site where) {
+  SIMT_UNSEEN
   Fiber& self = *current;
   if (!(mask >> self.lane & 1)) fail(text(name, " at ", where, ": the calling lane is not in its mask"));
-  self.mask = mask;
-  self.combine = combine;
-  self.value = value;
+  self.mask = mask, self.combine = combine, self.value = value;
   block_here(name, where);
   void* lanes[32] = {};
   for (int i = 0; i < 32; ++i) {
     if (!(mask >> i & 1)) continue;
-    const int number = 32 * self.warp + i;
-    if (number >= threads || pool[number].done) {
-      fail(text(name, " at ", where, ": lane ", i, " of the mask has exited or never was"));
-    }
-    Fiber& other = pool[number];
-    if (!other.waits_at) return to_scheduler();  // not all here yet; the last one combines
-    if (other.combine != combine || other.mask != mask || !same(other.site, where)) {
-      fail(text(name, " at ", where, " meets ", other.waits_at, " at ", other.site, " in lane ", i));
-    }
+    Fiber& other = pool[32 * self.warp + i];  // as large as whole warps
+    if (other.done) fail(text(name, " at ", where, ": lane ", i, " of the mask has exited or never was"));
+    const bool here = other.combine == combine && other.mask == mask && same(other.site, where);
+    const bool elsewhere = other.waits_at && !here && (!other.mask || other.mask >> self.lane & 1);  // and waits for us
+    if (!other.waits_at || (!here && !elsewhere)) return to_scheduler();  // not all here yet; the last one combines
+    if (elsewhere) fail(text(name, " at ", where, " meets ", other.waits_at, " at ", other.site, " in lane ", i));
     lanes[i] = other.value;
   }
-  combine(lanes, mask);
+  if (combine) combine(lanes, mask);
+  SIMT_TSAN_ONLY(else order(32 * self.warp, 32 * self.warp + 32, mask);)
   for (int i = 0; i < 32; ++i) {
     if (mask >> i & 1) wake(pool[32 * self.warp + i]);
   }
 }
 
 int barrier(int predicate, int (*fold)(int, int), const char* name, Site where) {
+  SIMT_UNSEEN
   static int result;  // the next barrier cannot complete before every thread has left this one
   Fiber& self = *current;
   if (alive < threads) fail(text(name, " at ", where, ": a thread of the block has exited and will never arrive"));
@@ -320,50 +328,61 @@ int barrier(int predicate, int (*fold)(int, int), const char* name, Site where) 
   if (arrived == 0) first_arrival = where;
   if (!same(first_arrival, where)) fail(text(name, " at ", where, " meets the barrier at ", first_arrival));
   folded = arrived == 0 || !fold ? predicate : fold(folded, predicate);
-  if (++arrived < threads) {
-    to_scheduler();
-    return result;
-  }
+  if (++arrived < threads) return to_scheduler(), result;
   result = folded;
   arrived = 0;
   for (int i = 0; i < threads; ++i) wake(pool[i]);
+  SIMT_TSAN_ONLY(order(0, threads, 0xffffffffu);)
   return result;
 }
 
-cudaError_t run(dim3 grid, dim3 block, size_t smem, void (*thread)(void*), void* context) {
+cudaError_t run(const void* kernel, void* const* params, dim3 grid, dim3 block, size_t smem, void (*thread)(void*),
+                void* context) {
   const std::lock_guard<std::mutex> lock(one_launch);
   message.clear();
   const uint64_t count = uint64_t{block.x} * block.y * block.z;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  if (count == 0 || count > 1024 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-    message = "launch: empty or oversized grid or block";
+  if (count == 0 || count > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535 || smem > 227 * 1024) {
+    message = "launch: empty or oversized grid, block or shared memory";
     return cudaErrorInvalidConfiguration;
   }
-  threads = static_cast<int>(count);
-  thread_main = thread;
-  thread_context = context;
-  gridDim = grid;
-  blockDim = block;
-  dice.seed(options().seed);
-  while (pool.size() < count) pool.emplace_back();
+  if (options.executor) {
+    Dl_info info{};
+    dladdr(kernel, &info);
+    const unsigned shape[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
+    if (options.executor(info.dli_sname, shape, smem, params)) message = "the executor of this launch has failed";
+    return message.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+  }
+  SIMT_UNSEEN
+  SIMT_TSAN_ONLY(scheduler_tsan = __tsan_get_current_fiber();)
+  threads = static_cast<int>(count), thread_main = thread, thread_context = context;
+  gridDim = grid, blockDim = block;
+  dice.seed(options.seed);
+  while (pool.size() < (count + 31) / 32 * 32) pool.emplace_back();
+  for (size_t i = count; i < pool.size(); ++i) pool[i].done = true;
   for (uint64_t i = 0; i < blocks && message.empty(); ++i) {
-    const uint64_t b = options().order == Order::kForward ? i : blocks - 1 - i;
-    blockIdx.x = static_cast<unsigned>(b % grid.x);
-    blockIdx.y = static_cast<unsigned>(b / grid.x % grid.y);
-    blockIdx.z = static_cast<unsigned>(b / grid.x / grid.y);
+    const uint64_t b = options.order == kForward ? i : blocks - 1 - i;
+    blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
     statics.clear();
     dynamic = allocate(smem);
+    SIMT_TSAN_ONLY(if (live.size() > 2000) forget();)  // it has room for 8128 threads, and is slow long before
     ready.assign((threads + 31) / 32, 0);
     for (int t = 0; t < threads; ++t) {
       start(pool[t], t);
       ready[t / 32] |= 1u << t % 32;
     }
-    alive = threads;
-    arrived = 0;
+    alive = threads, arrived = 0;
     run_block();
   }
+  SIMT_TSAN_ONLY(__tsan_acquire(&finished); if (message.empty()) forget();)  // what a stream orders; nothing orders blocks
   return message.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 }  // namespace detail
 }  // namespace simt
+
+extern "C" void simt_options(simt::Order order, uint64_t seed, decltype(simt::Options::executor) executor) {
+  simt::options = {order, seed, executor};
+}
+extern "C" const char* simt_error() { return simt::message.c_str(); }  // of the last launch, empty after a good one

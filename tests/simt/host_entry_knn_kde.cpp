@@ -1,12 +1,17 @@
 // csrc/knn_kde/knn_kde.cuh behind a C interface, for ctypes: the kernels and their launch sequence as the GPU runs
 // them.
-#include "../../csrc/knn_kde/knn_kde.cuh"
-
-#include <vector>
+#include "knn_kde/knn_kde.cuh"
 
 using namespace ltkernels::knn_kde;
 
 namespace {
+
+// n: count, bank, d, k, multiprocessors, queries a chunk at most (0: as many as there is room for)
+Plan plan_of(const int64_t* n) {
+  Plan plan = make_plan(n[0], n[1], static_cast<int>(n[2]), static_cast<int>(n[3]), static_cast<int>(n[4]));
+  if (n[5] > 0) plan.rows = std::min(plan.rows, n[5]);  // chunks without the 50 000 queries that ask for them
+  return plan;
+}
 
 template <class T>
 int solve(void* const* a, const int64_t* n, int64_t* paths) {
@@ -28,13 +33,11 @@ int solve(void* const* a, const int64_t* n, int64_t* paths) {
   p.bank = n[1];
   p.d = static_cast<int>(n[2]);
   p.k = static_cast<int>(n[3]);
-  Plan plan = make_plan(p.count, p.bank, p.d, p.k, static_cast<int>(n[4]));
-  if (n[5] > 0) plan.rows = std::min(plan.rows, n[5]);  // chunks without the 50 000 queries that ask for them
+  const Plan plan = plan_of(n);
   Workspace w;
-  std::vector<char> scratch(plan.carve(nullptr, p.d, w) + 256, static_cast<char>(0xff));
-  char* base = scratch.data() + (256 - reinterpret_cast<uintptr_t>(scratch.data()) % 256);
-  const cudaError_t status = run(p, plan, base, nullptr);
-  plan.carve(base, p.d, w);
+  char* scratch = static_cast<char*>(a[13]);
+  const cudaError_t status = run(p, plan, scratch, nullptr);
+  plan.carve(scratch, p.d, w);
   paths[0] = *w.left_count;  // rows that took the second rung, and rows that went over the whole bank
   paths[1] = std::count(w.state, w.state + std::min(plan.rows, p.count), kMeasured);
   return status;
@@ -42,14 +45,15 @@ int solve(void* const* a, const int64_t* n, int64_t* paths) {
 
 }  // namespace
 
-extern "C" int knn_kde_run(int dtype, int order, uint64_t seed, void* const* arrays, const int64_t* sizes,
-                           int64_t* paths) {
-  simt::options() = {static_cast<simt::Order>(order), seed};
+extern "C" int64_t knn_kde_scratch(const int64_t* sizes) {
+  Workspace w;
+  return plan_of(sizes).carve(nullptr, static_cast<int>(sizes[2]), w);
+}
+
+extern "C" int knn_kde_run(int dtype, void* const* arrays, const int64_t* sizes, int64_t* paths) {
   switch (dtype) {
     case 0: return solve<float>(arrays, sizes, paths);
     case 1: return solve<__half>(arrays, sizes, paths);
     default: return solve<__nv_bfloat16>(arrays, sizes, paths);
   }
 }
-
-extern "C" const char* knn_kde_error() { return simt::error().c_str(); }

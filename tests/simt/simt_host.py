@@ -10,20 +10,26 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+ORDERS = {"forward": 0, "reverse": 1, "random": 2}
+SCHEDULES = [("forward", 0), ("reverse", 0), ("random", 0), ("random", 1), ("random", 2)]
+# flavour -> flags of everything, of the kernels alone, of the runtime alone
 FLAGS = {
-    "plain": ["-O2"],
-    "asan": [
-        "-O1",
-        "-g1",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=undefined",
-        "-fno-omit-frame-pointer",
-    ],
+    "plain": (["-O2"], [], []),
+    "asan": (["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"], [], []),
+    # the runtime moves data between fibers: instrumented, a shuffle would look like a race
+    "tsan": (["-O1", "-g1"], ["-fsanitize=thread"], ["-DSIMT_TSAN"]),
 }
+SANITIZERS = {"plain": [], "asan": ["asan", "ubsan"], "tsan": ["tsan"]}  # libraries that must be in the process before Python
+
+
+class SanitizerBroken(RuntimeError):
+    """The sanitizer itself fails, so it has found nothing and cleared nothing."""
 
 
 @functools.cache
@@ -54,51 +60,68 @@ def missing() -> str | None:
     return None
 
 
-def build(entry: str, flavour: str = "plain") -> Path:
+def build(entry: str, flavour: str = "plain", tests: Path = HERE, csrc: Path = ROOT / "csrc") -> Path:
     """tests/simt/<entry> and the runtime as a shared library, cached by the text of everything that goes into it."""
-    include = cuda_include()
-    sources = [ROOT / "tests" / "simt" / entry, ROOT / "csrc" / "simt" / "runtime.cpp"]
-    command = ["g++", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-fPIC", *FLAGS[flavour], f"-isystem{include}"]
-    parts = [*sources, *sorted((ROOT / "csrc").rglob("*.cuh")), *sorted((ROOT / "csrc" / "simt").glob("*.h"))]
-    digest = hashlib.sha256(repr(command).encode() + b"".join(p.read_bytes() for p in parts)).hexdigest()[:16]
+    common, for_kernels, for_runtime = FLAGS[flavour]
+    command = ["g++", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-fPIC", *common, f"-isystem{cuda_include()}", f"-I{csrc / 'simt'}"]
+    command += [f"-I{csrc}"]
+    sources = {tests / entry: for_kernels, csrc / "simt" / "runtime.cpp": for_runtime}
+    parts = [*sources, *sorted(tests.glob("*.cuh")), *sorted(csrc.rglob("*.cuh")), *sorted((csrc / "simt").glob("*.h"))]
+    digest = hashlib.sha256(repr((command, for_kernels)).encode() + b"".join(p.read_bytes() for p in parts)).hexdigest()[:16]
     cache = Path(os.environ.get("LTKERNELS_SIMT_CACHE", Path(tempfile.gettempdir()) / f"ltkernels-simt-{os.getuid()}"))
     cache.mkdir(parents=True, exist_ok=True)
     library = cache / f"{Path(entry).stem}-{flavour}-{digest}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            jobs = []
-            for source in sources:
-                target = Path(folder) / f"{source.stem}.o"
-                jobs.append(
-                    (
-                        target,
-                        subprocess.Popen(
-                            [*command, "-I", str(ROOT / "csrc" / "simt"), "-c", str(source), "-o", str(target)]
-                        ),
-                    )
-                )
-            for target, job in jobs:
-                if job.wait():
-                    raise RuntimeError(f"g++ failed on {target.stem}")
+            objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+            jobs = [
+                subprocess.Popen([*command, *extra, "-c", str(source), "-o", str(target)])
+                for (source, extra), target in zip(sources.items(), objects, strict=True)
+            ]
+            if any([job.wait() for job in jobs]):
+                raise RuntimeError(f"g++ failed on {entry}")
             linked = Path(folder) / library.name
-            subprocess.run([*command, "-shared", *(str(t) for t, _ in jobs), "-o", str(linked)], check=True)
+            subprocess.run([*command, *for_kernels, "-shared", *map(str, objects), "-o", str(linked)], check=True)
             linked.rename(library)
     return library
 
 
-def load(entry: str, flavour: str = "plain") -> ctypes.CDLL:
-    return ctypes.CDLL(str(build(entry, flavour)))
+def load(built: str | Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(built))
+    library.simt_error.restype = ctypes.c_char_p
+    library.simt_options.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p]
+    return library
 
 
-def sanitizer_environment() -> dict[str, str]:
-    """What a Python process needs before it can load an asan library."""
-    runtimes = [
+def schedule(library: ctypes.CDLL, order: str, seed: int = 0) -> None:
+    """In which order the launches to come run their threads."""
+    library.simt_options(ORDERS[order], seed, None)
+
+
+def python(flavour: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """A Python process that can load a library of this flavour. It cannot build one: compilers do not run under a sanitizer."""
+    paths = [
         subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
-        for name in ("asan", "ubsan")
+        for name in SANITIZERS[flavour]
     ]
-    return {
+    environment = {
         **os.environ,
-        "LD_PRELOAD": " ".join(runtimes),
+        "LD_PRELOAD": " ".join(paths),
         "ASAN_OPTIONS": "detect_leaks=0",
-        "OPENBLAS_NUM_THREADS": "1",
+        "TSAN_OPTIONS": "exitcode=0 report_thread_leaks=0 history_size=7",
+        "OPENBLAS_NUM_THREADS": "1",  # its threads would be ThreadSanitizer's business
     }
+    command = [sys.executable, *arguments]
+    if flavour == "tsan" and shutil.which("setarch"):  # it wants its shadow where address-space randomisation may put the process
+        command = ["setarch", os.uname().machine, "-R", *command]
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+    if "FATAL: ThreadSanitizer" in done.stderr and "ThreadSanitizer: data race" not in done.stderr:
+        raise SanitizerBroken(f"ThreadSanitizer does not start on this machine, which says nothing of the kernels: {done.stderr.strip()}")
+    return done
+
+
+def assert_clean(done: subprocess.CompletedProcess) -> None:
+    """It printed `clean` and no sanitizer had anything to say."""
+    report = done.stdout[-2000:] + done.stderr[:6000]
+    assert done.returncode == 0 and done.stdout.strip().endswith("clean"), report
+    assert not any(word in done.stderr for word in ("AddressSanitizer", "ThreadSanitizer", "runtime error")), report

@@ -1,238 +1,25 @@
-"""The CUDA source of knn_kde, executed on the CPU in three thread orders and under ASan + UBSan, against float64."""
-
-from __future__ import annotations
-
-import ctypes
-import subprocess
-import sys
+"""What is particular to knn_kde on the fibers: its options, and which rung of the search answered."""
 
 import numpy as np
 import pytest
 import simt_host
+from knn_kde import ENTRY, bfloat16_bits, clusters, duplicates, from_bfloat16, gaussian, judge, solve
 
-ENTRY = "host_entry_knn_kde.cpp"
-ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 pytestmark = pytest.mark.skipif(simt_host.missing() is not None, reason=str(simt_host.missing()))
-
-
-def bfloat16_bits(x: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return np.where(np.isnan(x), 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def prepare(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As bank_prepare: centre, centred, squared norms."""
-    finite = np.isfinite(points).all(1)
-    centre = (
-        points[finite].mean(0, dtype=np.float64).astype(np.float32)
-        if finite.any()
-        else np.zeros(points.shape[1], np.float32)
-    )
-    centred = np.where(finite[:, None], points - centre, np.float32(0)).astype(np.float32)
-    with np.errstate(over="ignore"):
-        sqnorm = np.where(finite, (centred.astype(np.float64) ** 2).sum(1), np.inf).astype(np.float32)
-    return centre, centred, sqnorm
-
-
-class Answer:
-    def __init__(self, queries: int, d: int, k: int):
-        self.log_density, self.score = np.full(queries, 7, np.float32), np.full((queries, d), 7, np.float32)
-        self.sqdist, self.index = np.full((queries, k), 7, np.float32), np.full((queries, k), -7, np.int64)
-        self.paths = np.zeros(2, np.int64)  # rows on the second rung, rows on the last
-
-    def bits(self) -> bytes:
-        return b"".join(a.tobytes() for a in (self.log_density, self.score, self.sqdist, self.index))
-
-
-def solve(
-    library,
-    queries,
-    points,
-    k,
-    *,
-    bandwidth=1.0,
-    self_index=None,
-    bound=None,
-    log_weight=None,
-    dtype=0,
-    order="forward",
-    seed=0,
-    multiprocessors=1,
-    chunk=0,
-) -> Answer:
-    """queries and points hold values that dtype (0 fp32, 1 fp16, 2 bf16) represents exactly."""
-    stored = {0: lambda x: x, 1: lambda x: x.astype(np.float16), 2: bfloat16_bits}[dtype]
-    answer = Answer(*queries.shape, k)
-    arrays = [stored(queries), stored(points), *prepare(points), self_index, bound,
-              np.broadcast_to(np.float32(bandwidth), len(queries)), log_weight,
-              answer.log_density, answer.score, answer.sqdist, answer.index]  # fmt: skip
-    arrays = [None if a is None else np.ascontiguousarray(a) for a in arrays]
-    pointers = (ctypes.c_void_p * len(arrays))(*(None if a is None else a.ctypes.data for a in arrays))
-    sizes = np.array([len(queries), len(points), queries.shape[1], k, multiprocessors, chunk], np.int64)
-    status = library.knn_kde_run(dtype, ORDERS[order], ctypes.c_uint64(seed), pointers, ctypes.c_void_p(sizes.ctypes.data),
-                                 ctypes.c_void_p(answer.paths.ctypes.data))  # fmt: skip
-    library.knn_kde_error.restype = ctypes.c_char_p
-    assert status == 0, library.knn_kde_error().decode()
-    return answer
-
-
-def judge(answer: Answer, queries, points, k, *, bandwidth=1.0, self_index=None, bound=None, log_weight=None) -> None:
-    """The neighbours are a k-nearest set in float64 and come by (sqdist, index); density and score follow from them."""
-    bandwidth = np.broadcast_to(np.float64(bandwidth), len(queries))
-    z = points.astype(np.float64)
-    for i, q in enumerate(queries.astype(np.float64)):
-        available = np.ones(len(z), bool)
-        if self_index is not None and self_index[i] >= 0:
-            available[self_index[i]] = False
-        index, sqdist = answer.index[i], answer.sqdist[i].astype(np.float64)
-        assert len(set(index)) == k and available[index].all()
-        if not np.isfinite(q).all():
-            assert np.isnan(sqdist).all() and np.isnan(answer.log_density[i]) and np.isnan(answer.score[i]).all()
-            assert (index == np.flatnonzero(available)[:k]).all()
-            continue
-        with np.errstate(invalid="ignore", over="ignore"):
-            exact = ((z - q) ** 2).sum(1)
-        exact[~(exact <= 3.4028e38)] = np.inf
-        close = dict(rtol=1e-6, atol=1e-37)
-        np.testing.assert_allclose(sqdist, exact[index], **close)
-        assert all(
-            a < b or (a == b and j < m) for a, b, j, m in zip(sqdist, sqdist[1:], index, index[1:], strict=False)
-        )
-        left_out = available.copy()
-        left_out[index] = False
-        twins = left_out & (points == points[index[-1]]).all(1)
-        assert not (np.flatnonzero(twins) < index[-1]).any()  # a tie at the boundary goes to the lower index
-        if np.isinf(sqdist[-1]):
-            assert (
-                np.isinf(exact[left_out]).all() and not (np.flatnonzero(left_out) < index[np.isinf(sqdist)].max()).any()
-            )
-        else:
-            assert (exact[left_out] >= sqdist[-1] * (1 - 1e-6) - 1e-37).all()
-        with np.errstate(over="ignore", divide="ignore"):
-            logits = (0 if log_weight is None else log_weight[index].astype(np.float64)) - sqdist / (
-                2 * bandwidth[i] ** 2
-            )
-        top = logits.max()
-        if np.isinf(top):
-            assert np.isneginf(answer.log_density[i]) and np.isnan(answer.score[i]).all()
-            continue
-        weight = np.exp(logits - top)
-        expected = top + np.log(weight.sum()) - np.log(k)
-        np.testing.assert_allclose(answer.log_density[i], expected, rtol=2e-6, atol=2e-6)
-        used = weight > 0
-        pull = weight[used, None] / weight.sum() * (z[index[used]] - q) / bandwidth[i] ** 2
-        np.testing.assert_allclose(answer.score[i], pull.sum(0), rtol=1e-4, atol=2e-6 * np.abs(pull).sum() + 1e-37)
-
-
-def gaussian(rng, q, n, d, scale=1.0, shift=0.0):
-    return [(shift + scale * rng.standard_normal((rows, d))).astype(np.float32) for rows in (q, n)]
-
-
-def clusters(rng, q, n, d, count, offset, spread):
-    centres = offset * rng.standard_normal((count, d))
-    return [
-        (centres[rng.integers(count, size=rows)] + spread * rng.standard_normal((rows, d))).astype(np.float32)
-        for rows in (q, n)
-    ]
-
-
-def duplicates(rng, q, n):
-    distinct = rng.standard_normal((4, 16)).astype(np.float32)
-    return [distinct[rng.integers(4, size=rows)] for rows in (q, n)]
-
-
-def far_row(rng, q, n):
-    queries, points = gaussian(rng, q, n, 24)
-    points[n // 2] = 1e6
-    return queries, points
-
-
-def broken(rng, q, n):
-    queries, points = gaussian(rng, q, n, 7)
-    points[::5], points[1::7, 3], queries[::4, 2], queries[1::6] = np.nan, np.inf, np.nan, -np.inf
-    return queries, points
-
-
-def mixed_huge(rng, q, n):
-    queries, points = gaussian(rng, q, n, 3)
-    points[::3] *= np.float32(1e19)  # |c|^2 near and beyond the end of fp32
-    queries[::2] = points[:: n // q][: len(queries[::2])]
-    return queries, points
-
-
-def lattice(rng, q, n):
-    return [rng.integers(-2, 3, size=(rows, 3)).astype(np.float32) for rows in (q, n)]
-
-
-CASES = {  # name -> (queries, points), k, bandwidth
-    "d=1": (lambda r: gaussian(r, 11, 700, 1), 64, 0.1),
-    "d=2": (lambda r: gaussian(r, 130, 300, 2), 7, 0.3),
-    "d=32": (lambda r: gaussian(r, 37, 1100, 32), 64, 2.0),
-    "d=33": (lambda r: gaussian(r, 20, 200, 33), 13, 2.0),
-    "d=128": (lambda r: gaussian(r, 9, 300, 128), 64, 6.0),
-    "d=512": (lambda r: gaussian(r, 3, 140, 512), 20, 12.0),
-    "d=2048": (lambda r: gaussian(r, 2, 130, 2048), 64, 20.0),
-    "d=4095": (lambda r: gaussian(r, 2, 20, 4095), 5, 30.0),
-    "k=1": (lambda r: gaussian(r, 5, 500, 5), 1, 0.5),
-    "k=256": (lambda r: gaussian(r, 3, 1500, 4), 256, 0.5),
-    "k=N": (lambda r: gaussian(r, 4, 150, 6), 150, 1.0),
-    "N=3": (lambda r: gaussian(r, 5, 3, 6), 2, 1.0),
-    "N=1": (lambda r: gaussian(r, 1, 1, 1), 1, 1.0),
-    "50 clusters": (lambda r: clusters(r, 20, 900, 32, 50, 4, 0.05), 10, 0.1),
-    "5 clusters": (lambda r: clusters(r, 9, 2500, 64, 5, 10, 0.01), 64, 0.05),
-    "duplicates": (lambda r: duplicates(r, 6, 4200), 64, 1.0),
-    "all equal": (
-        lambda r: [x[:1].repeat(n, 0) for x, n in zip(gaussian(r, 1, 1, 16), (2, 850), strict=True)],
-        100,
-        1.0,
-    ),
-    "lattice": (lambda r: lattice(r, 20, 1000), 64, 1.0),
-    "offset 1e6": (lambda r: gaussian(r, 6, 1200, 32, shift=1e6), 30, 2.0),
-    "far row": (lambda r: far_row(r, 20, 400), 30, 2.0),
-    "far query": (lambda r: [gaussian(r, 4, 1, 8, shift=1e5)[0], gaussian(r, 1, 1300, 8)[1]], 30, 1e3),
-    "1e-25": (lambda r: gaussian(r, 4, 1200, 9, 1e-25), 30, 1e-25),
-    "1e-12": (lambda r: gaussian(r, 4, 400, 9, 1e-12), 30, 1e-12),
-    "1e12": (lambda r: gaussian(r, 4, 400, 9, 1e12), 30, 1e12),
-    "1e25": (lambda r: gaussian(r, 4, 300, 9, 1e25), 30, 1e25),
-    "1e19 and 1": (lambda r: mixed_huge(r, 20, 300), 60, 1e18),
-    "NaN and inf": (lambda r: broken(r, 25, 300), 20, 2.0),
-    "NaN, too few left": (lambda r: broken(r, 9, 20), 18, 2.0),
-}
 
 
 @pytest.fixture(scope="module")
 def library():
-    return simt_host.load(ENTRY)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_matches_float64_in_three_orders(library, name):
-    make, k, bandwidth = CASES[name]
-    queries, points = make(np.random.default_rng(len(name)))
-    forward = solve(library, queries, points, k, bandwidth=bandwidth)
-    judge(forward, queries, points, k, bandwidth=bandwidth)
-    for order, multiprocessors in (
-        ("reverse", 2),
-        ("random", 1),
-    ):  # two multiprocessors: the bank is split where it is long enough
-        again = solve(
-            library, queries, points, k, bandwidth=bandwidth, order=order, seed=5, multiprocessors=multiprocessors
-        )
-        assert again.bits() == forward.bits(), f"{order} differs"
+    return simt_host.load(simt_host.build(ENTRY))
 
 
 @pytest.mark.parametrize("dtype", [1, 2], ids=["fp16", "bf16"])
 def test_half_types(library, dtype):
     queries, points = gaussian(np.random.default_rng(dtype), 19, 333, 20, shift=2)
-    round_trip = [lambda x: x.astype(np.float16).astype(np.float32), lambda x: from_bfloat16(bfloat16_bits(x))][
-        dtype - 1
-    ]
+    round_trip = [lambda x: x.astype(np.float16).astype(np.float32), lambda x: from_bfloat16(bfloat16_bits(x))][dtype - 1]
     queries, points = round_trip(queries), round_trip(points)
-    judge(solve(library, queries, points, 21, dtype=dtype, order="random"), queries, points, 21)
+    simt_host.schedule(library, "random")
+    judge(solve(library, queries, points, 21, dtype=dtype), queries, points, 21)
 
 
 def test_self_index_weights_bound_and_chunks(library):
@@ -244,18 +31,15 @@ def test_self_index_weights_bound_and_chunks(library):
         log_weight=rng.standard_normal(1500).astype(np.float32),
         bandwidth=np.linspace(0.1, 2, 40, dtype=np.float32),
     )
+    simt_host.schedule(library, "forward")
     plain = solve(library, queries, points, 50, **options)
     judge(plain, queries, points, 50, **options)
     assert solve(library, queries, points, 50, chunk=16, **options).bits() == plain.bits()
     # The tightest bound there is, a loose one, and none: a bound prunes and nothing else.
-    for bound in (
-        plain.sqdist[:, -1],
-        plain.sqdist[:, -1] * 4,
-        np.where(np.arange(40) % 2, plain.sqdist[:, -1], np.float32(np.inf)),
-    ):
-        bounded = solve(
-            library, queries, points, 50, bound=bound.astype(np.float32), order="random", multiprocessors=2, **options
-        )
+    tight = plain.sqdist[:, -1]
+    simt_host.schedule(library, "random")
+    for bound in (tight, tight * 4, np.where(np.arange(40) % 2, tight, np.float32(np.inf))):
+        bounded = solve(library, queries, points, 50, bound=bound.astype(np.float32), multiprocessors=2, **options)
         assert bounded.bits() == plain.bits()
     options["self_index"] = np.where(np.arange(40) % 3 == 0, -1, np.arange(40))
     judge(solve(library, queries, points, 50, **options), queries, points, 50, **options)
@@ -263,6 +47,7 @@ def test_self_index_weights_bound_and_chunks(library):
 
 def test_which_rung_answered(library):
     rng = np.random.default_rng(0)
+    simt_host.schedule(library, "forward")
     easy = solve(library, *gaussian(rng, 20, 2000, 32), 64)
     assert easy.paths.tolist() == [0, 0]
     clustered = solve(library, *clusters(rng, 6, 6000, 64, 5, 4, 0.05), 64)  # too tight for tf32, not for 3xTF32
@@ -273,25 +58,5 @@ def test_which_rung_answered(library):
 
 def test_overflow_under_a_split_bank(library):
     queries, points = duplicates(np.random.default_rng(1), 3, 9000)
-    judge(solve(library, queries, points, 64, multiprocessors=3, order="reverse"), queries, points, 64)
-
-
-def test_clean_under_address_and_undefined_sanitizer():
-    code = (
-        "import simt_host, test_simt_knn_kde as t, numpy as np, sys\n"
-        "library = simt_host.load(t.ENTRY, 'asan')\n"
-        "for name, rows in (('d=33', 200), ('NaN, too few left', 20), ('lattice', 1000), ('N=3', 3)):\n"
-        "    make, k, bandwidth = t.CASES[name]\n"
-        "    queries, points = make(np.random.default_rng(1))\n"
-        "    queries = queries[:9]\n"
-        "    t.judge(t.solve(library, queries, points, k, bandwidth=bandwidth), queries, points, k, bandwidth=bandwidth)\n"
-        "rng = np.random.default_rng(2)\n"
-        "t.solve(library, *t.duplicates(rng, 2, 1800), 5)\n"
-        "print('clean')\n"
-    )
-    here = str(simt_host.ROOT / "tests" / "simt")
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=here, env=simt_host.sanitizer_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "clean", done.stdout + done.stderr
-    assert "ERROR: AddressSanitizer" not in done.stderr and "runtime error" not in done.stderr, done.stderr
+    simt_host.schedule(library, "reverse")
+    judge(solve(library, queries, points, 64, multiprocessors=3), queries, points, 64)

@@ -1,0 +1,58 @@
+"""The checkers are checked: every planted bug is noticed by the layer that is there for it, and the kernel without one by none."""
+
+import json
+
+import planted
+import pytest
+import simt_host
+
+pytestmark = pytest.mark.skipif(simt_host.missing() is not None, reason=str(simt_host.missing()))
+CAUGHT = {  # bug -> (layer, what it must say there); other layers may notice, too
+    "MissingBarrierRaw": ("TSan", "data race"),
+    "MissingBarrierWar": ("TSan", "data race"),
+    "DivergentBarrier": ("forward", "meets the barrier"),
+    "EarlyReturn": ("reverse", "has exited and will never arrive"),
+    "MissingWait": ("forward", "wrong numbers"),
+    "WaitWithoutBarrier": ("TSan", "data race"),
+    "SharedOutOfBounds": ("ASan + UBSan", "heap-buffer-overflow"),
+    "MemberOverrun": ("ASan + UBSan", "index 2 out of bounds"),
+    "GlobalOutOfBounds": ("ASan + UBSan", "heap-buffer-overflow"),
+    "OutOfMaskShuffle": ("forward", "reads a lane outside the mask"),
+    "NonAtomicCounter": ("TSan", "data race"),
+    "MisalignedVector": ("ASan + UBSan", "misaligned"),
+    "TooLittleShared": ("forward", "shared struct has 2200 bytes, the launch gave 2136"),
+    "UninitialisedShared": ("forward", "wrong numbers"),
+    "MissingSyncwarp": ("TSan", "data race"),
+    "MissingFence": ("TSan", "data race"),
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    found = {}
+    for flavour in planted.LAYERS:
+        done = simt_host.python(flavour, "planted.py", flavour, simt_host.build(planted.ENTRY, flavour))
+        assert done.returncode == 0, done.stderr
+        found |= json.loads(done.stdout)
+    return found
+
+
+def test_every_bug_has_a_layer():
+    assert ["None", *CAUGHT] == planted.BUGS
+
+
+@pytest.mark.parametrize("bug", CAUGHT)
+def test_is_caught(verdicts, bug, covered):
+    layer, words = CAUGHT[bug]
+    assert words in verdicts[layer][bug], {name: found[bug] for name, found in verdicts.items()}
+    covered["planted bugs caught"] += 1
+
+
+def test_the_kernel_without_a_bug_is_clean(verdicts):
+    assert {found["None"] for found in verdicts.values()} == {""}
+
+
+def test_a_sanitizer_that_cannot_start_is_no_finding():
+    broken = 'import sys; sys.stderr.write("FATAL: ThreadSanitizer: unexpected memory mapping 0x5\\n"); sys.exit(66)'
+    with pytest.raises(simt_host.SanitizerBroken, match="says nothing of the kernels: FATAL: ThreadSanitizer: unexpected memory mapping"):
+        simt_host.python("tsan", "-c", broken)
