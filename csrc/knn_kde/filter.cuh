@@ -212,8 +212,7 @@ __device__ __forceinline__ void compact(const FilterParams& p, FilterShared& sm,
     const bool keep = mine && __uint_as_float(entry.x) <= limit;
     const unsigned keepers = __ballot_sync(0xffffffffu, keep);
     __syncwarp();  // all have read before anybody writes over it
-    if (keep) queue[kept + __popc(keepers & ((1u << lane) - 1))] = entry;
-    __syncwarp();
+    if (keep) queue[kept + __popc(keepers & ((1u << lane) - 1))] = entry;  // below whatever is still to be read
     kept += __popc(keepers);
   }
   if (lane == 0) {
@@ -316,8 +315,7 @@ __global__ void __launch_bounds__(kFilterThreads, kTerms == 1 ? 2 : 1) filter_ke
   __syncthreads();
   for (int r = warp; r < kTile; r += kFilterThreads / 32) {
     if (sm.fill[r] >= p.k) compact(p, sm, r, p.w.queue + (region + r) * p.capacity, false);
-    __syncwarp();
-    if (lane == 0) p.w.fill[region + r] = sm.fill[r];
+    if (lane == 0) p.w.fill[region + r] = sm.fill[r];  // lane 0 wrote it
   }
 }
 

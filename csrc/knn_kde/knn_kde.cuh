@@ -247,7 +247,7 @@ template <class T>
 __device__ __forceinline__ void density(FinishShared& sm, const Problem<T>& p, int64_t row, bool bad) {
   const int tid = threadIdx.x, lane = tid % 32;
   const double h = p.bandwidth[row];
-  for (int i = tid; i < p.k; i += kFinishThreads) {
+  for (int i = tid; i < p.k; i += kFinishThreads) {  // as in finish_kernel: keys[i] may be fresh from this very thread
     const double sqdist = __uint_as_float(static_cast<uint32_t>(sm.keys[i] >> 32));
     const bool counts = sqdist <= FLT_MAX;
     const double log_weight = p.log_weight && counts ? p.log_weight[static_cast<uint32_t>(sm.keys[i])] : 0.0f;
@@ -310,7 +310,6 @@ __global__ void __launch_bounds__(kFinishThreads, 8) finish_kernel(FinishParams<
       f.p.index[row * f.p.k + i] = static_cast<int32_t>(sm.keys[i]);
       f.p.sqdist[row * f.p.k + i] = state == kBadQuery ? NAN : __uint_as_float(static_cast<uint32_t>(sm.keys[i] >> 32));
     }
-    __syncthreads();
     if (f.p.log_density) density(sm, f.p, row, state == kBadQuery);
   }
 }

@@ -127,6 +127,7 @@ void to_scheduler([[maybe_unused]] bool for_ever = false) {
 void entry() {
   SIMT_ASAN(__sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);)
   thread_main(thread_context);
+  if (!current->copies.empty()) detail::fail("a thread ends with a cp.async under way: its target may be another block's by then");
   SIMT_TSAN_ONLY(__tsan_release(&finished);)
   current->done = true;
   --alive;

@@ -1,11 +1,10 @@
-"""Triton kernels in the interpreter. Triton reads TRITON_INTERPRET when it is imported, so these tests run in a process of their own,
-started by tests/test_interp.py; in any other process there is nothing here to collect."""
+"""Triton kernels in the interpreter. Triton reads TRITON_INTERPRET when it is imported, so test_interp_*.py run in a process of their
+own, which test_in_the_interpreter.py starts."""
 import os
 
 import pytest
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore_glob = ["*.py"]
+collect_ignore_glob = ["test_in_*.py" if os.environ.get("TRITON_INTERPRET") == "1" else "test_interp_*.py"]
 
 
 @pytest.fixture(autouse=True, scope="session")

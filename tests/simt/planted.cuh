@@ -13,6 +13,7 @@ enum Bug : int {
   kDivergentBarrier,     // one warp walks past the barrier
   kEarlyReturn,          // threads leave before the barrier
   kMissingWait,          // the tile is read while its copy is under way
+  kUnfinishedCopy,       // a thread ends while a copy is under way
   kWaitWithoutBarrier,   // a thread waits for its own copies and reads another's
   kSharedOutOfBounds,    // past the end of the struct
   kMemberOverrun,        // past the end of an array into its neighbour in the struct
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) kernel(Params p) {
     }
     if constexpr (!PLANTED(kMissingBarrierWar)) __syncthreads();
   }
-  ptx::cp_async_wait<0>();
+  if constexpr (!PLANTED(kUnfinishedCopy)) ptx::cp_async_wait<0>();
 
   if constexpr (PLANTED(kOutOfMaskShuffle)) {
     if (lane < 16) sum += __shfl_down_sync(0x0000ffffu, sum, 16);

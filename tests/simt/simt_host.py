@@ -86,6 +86,17 @@ def build(entry: str, flavour: str = "plain", tests: Path = HERE, csrc: Path = R
     return library
 
 
+def edited(folder: Path, file: str, old: str, new: str) -> Path:
+    """A copy of csrc/ in which the one place of `file` that reads `old` reads `new`."""
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    text = (csrc / file).read_text()
+    if text.count(old) != 1:
+        raise ValueError(f"{file} should have {old!r} once; it has it {text.count(old)} times")
+    (csrc / file).write_text(text.replace(old, new))
+    return csrc
+
+
 def load(built: str | Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(built))
     library.simt_error.restype = ctypes.c_char_p

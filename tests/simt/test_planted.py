@@ -13,6 +13,7 @@ CAUGHT = {  # bug -> (layer, what it must say there); other layers may notice, t
     "DivergentBarrier": ("forward", "meets the barrier"),
     "EarlyReturn": ("reverse", "has exited and will never arrive"),
     "MissingWait": ("forward", "wrong numbers"),
+    "UnfinishedCopy": ("forward", "ends with a cp.async under way"),
     "WaitWithoutBarrier": ("TSan", "data race"),
     "SharedOutOfBounds": ("ASan + UBSan", "heap-buffer-overflow"),
     "MemberOverrun": ("ASan + UBSan", "index 2 out of bounds"),

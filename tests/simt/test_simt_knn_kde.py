@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import simt_host
-from knn_kde import ENTRY, bfloat16_bits, clusters, duplicates, from_bfloat16, gaussian, judge, solve
+from knn_kde import ENTRY, HALVES, clusters, duplicates, gaussian, judge, run_half, solve
 
 pytestmark = pytest.mark.skipif(simt_host.missing() is not None, reason=str(simt_host.missing()))
 
@@ -13,13 +13,10 @@ def library():
     return simt_host.load(simt_host.build(ENTRY))
 
 
-@pytest.mark.parametrize("dtype", [1, 2], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_half_types(library, dtype):
-    queries, points = gaussian(np.random.default_rng(dtype), 19, 333, 20, shift=2)
-    round_trip = [lambda x: x.astype(np.float16).astype(np.float32), lambda x: from_bfloat16(bfloat16_bits(x))][dtype - 1]
-    queries, points = round_trip(queries), round_trip(points)
     simt_host.schedule(library, "random")
-    judge(solve(library, queries, points, 21, dtype=dtype), queries, points, 21)
+    run_half(library, dtype)
 
 
 def test_self_index_weights_bound_and_chunks(library):
@@ -60,3 +57,12 @@ def test_overflow_under_a_split_bank(library):
     queries, points = duplicates(np.random.default_rng(1), 3, 9000)
     simt_host.schedule(library, "reverse")
     judge(solve(library, queries, points, 64, multiprocessors=3), queries, points, 64)
+
+
+def test_more_neighbours_than_rows(library):
+    """Only a caller of the raw operator can ask for it: the places left over are nobody's, infinitely far."""
+    queries, points = gaussian(np.random.default_rng(2), 5, 5, 3)
+    simt_host.schedule(library, "random")
+    answer = solve(library, queries, points, 5, self_index=np.arange(5))
+    assert (answer.index[:, 4] == -1).all() and np.isposinf(answer.sqdist[:, 4]).all()
+    assert (answer.index[:, :4] >= 0).all() and np.isfinite(answer.log_density).all() and np.isfinite(answer.score).all()
