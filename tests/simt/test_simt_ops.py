@@ -40,7 +40,7 @@ def sanitized(flavour: str, built, op: str, cases: dict[str, int]):
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 @pytest.mark.parametrize("op", OPS)
 def test_clean_under(flavour, op, covered):
-    cases = HARNESS[op].SANITIZED
+    cases = HARNESS[op].SANITIZED | (HARNESS[op].ADDRESSES if flavour == "asan" else {})
     simt_host.assert_clean(sanitized(flavour, simt_host.build(HARNESS[op].ENTRY, flavour), op, cases))
     covered[f"shapes under {flavour}"] += len(cases)
 
