@@ -2,9 +2,11 @@
 
     pytest benchmarks --benchmark-only                       # all sizes
     pytest benchmarks --benchmark-only -k "self and 20000"   # one group
+    pytest benchmarks --benchmark-only -m gpu                # cuda and triton beside torch.cdist + topk on the card
 
 Every implementation answers the same question on the same data, and its error against float64 on 64 rows is asserted before it is
-timed. Groups compare inside one run: quote ratios of medians. `peak_mb` is the memory one call needs beyond its inputs.
+timed; on a card the clock stops when the card has finished. Groups compare inside one run: quote ratios of medians. `peak_mb` is the
+memory one call needs beyond its inputs.
 """
 
 import ctypes
@@ -17,9 +19,6 @@ import torch
 
 import ltkernels
 
-faiss = pytest.importorskip("faiss")
-neighbors = pytest.importorskip("sklearn.neighbors")
-
 K = 64
 SIZES = {  # queries (None: the bank itself, leave-one-out), points, dimensions
     "self N=20000 d=512": (None, 20_000, 512),
@@ -27,17 +26,24 @@ SIZES = {  # queries (None: the bank itself, leave-one-out), points, dimensions
     "Q=2000 N=50000 d=128": (2_000, 50_000, 128),
     "Q=1 N=50000 d=128": (1, 50_000, 128),
 }
+GPU_SIZES = {
+    "self N=20000 d=512": (None, 20_000, 512),
+    "Q=2000 N=50000 d=128": (2_000, 50_000, 128),
+    "Q=1 N=50000 d=128": (1, 50_000, 128),
+    "Q=4096 N=500000 d=128": (4_096, 500_000, 128),
+}
 
 
 class Problem:
-    def __init__(self, q, n, d):
+    def __init__(self, q, n, d, device="cpu"):
         generator = torch.Generator().manual_seed(0)
-        self.points = torch.randn(n, d, generator=generator)
+        self.points = torch.randn(n, d, generator=generator).to(device)
         self.bank = ltkernels.Bank(self.points)
         self.is_self = q is None
-        self.queries = self.points if self.is_self else torch.randn(q, d, generator=generator)
+        self.queries = self.points if self.is_self else torch.randn(q, d, generator=generator).to(device)
         self.h = math.sqrt(d)  # of the order of the k-th distance
-        self.product = torch.ones(len(self.queries), n) if d == 512 else None  # touched: no page faults in the product's time
+        floor = d == 512 and device == "cpu"
+        self.product = torch.ones(len(self.queries), n) if floor else None  # touched: no page faults in the product's time
 
 
 def density(sqdist, h):
@@ -45,17 +51,19 @@ def density(sqdist, h):
 
 
 def ours(p: Problem):
-    return ltkernels.knn_kde_grad(p.queries, p.bank, K, bandwidth=p.h, self_index=p.is_self or None)
+    bank = ltkernels.Bank(p.points) if p.is_self else p.bank  # a new one: what a round before has left in it would help
+    return ltkernels.knn_kde_grad(p.queries, bank, K, bandwidth=p.h, self_index=p.is_self or None)
 
 
-def cdist_topk(p: Problem, chunk=1024):
+def cdist_topk(p: Problem):
     """In chunks of the queries, as one has to at this size; density and score from the same neighbours."""
-    out = []
+    out, chunk = [], 1024 if len(p.points) <= 50_000 else 256  # half a gigabyte of distances
     for start in range(0, len(p.queries), chunk):
         queries = p.queries[start : start + chunk]
         distance = torch.cdist(queries, p.points)
         if p.is_self:
-            distance[torch.arange(len(queries)), torch.arange(start, start + len(queries))] = math.inf
+            row = torch.arange(len(queries), device=queries.device)
+            distance[row, start + row] = math.inf
         radius, index = distance.topk(K, largest=False)
         weight = torch.softmax(-radius.square() / (2 * p.h**2), 1)
         score = (torch.einsum("qk,qkd->qd", weight, p.points[index]) - queries) / p.h**2
@@ -64,7 +72,7 @@ def cdist_topk(p: Problem, chunk=1024):
 
 
 def faiss_flat(p: Problem):
-    index = faiss.IndexFlatL2(p.points.shape[1])
+    index = pytest.importorskip("faiss").IndexFlatL2(p.points.shape[1])
     index.add(p.points.numpy())
     sqdist, rows = index.search(p.queries.numpy(), K + p.is_self)
     sqdist, rows = torch.from_numpy(sqdist[:, int(p.is_self) :]), torch.from_numpy(rows[:, int(p.is_self) :])
@@ -76,6 +84,7 @@ def faiss_flat(p: Problem):
 
 
 def sklearn_brute(p: Problem):
+    neighbors = pytest.importorskip("sklearn.neighbors")
     search = neighbors.NearestNeighbors(n_neighbors=K, algorithm="brute", n_jobs=-1).fit(p.points.numpy())
     distance, rows = search.kneighbors(None if p.is_self else p.queries.numpy())
     sqdist = torch.from_numpy(distance).square().float()
@@ -143,3 +152,39 @@ def test_knn_kde(name, problem, benchmark):
     benchmark.extra_info["max_error"] = error
     benchmark.extra_info["peak_mb"] = peak_mb(lambda: run(problem))
     benchmark.pedantic(run, (problem,), rounds=5, warmup_rounds=1)
+
+
+@pytest.fixture(scope="module", params=GPU_SIZES)
+def gpu_problem(request):
+    p = Problem(*GPU_SIZES[request.param], device="cuda")
+    p.name = request.param
+    p.rows = torch.arange(len(p.queries), device="cuda") if p.is_self else None
+    return p
+
+
+def on_the_card(name, p: Problem):
+    """log_density of cuda, triton or torch's way, when the card has finished. Rows instead of self_index=True: no round starts warm."""
+    if name == "cdist+topk":
+        log_density = cdist_topk(p)
+    else:
+        with ltkernels.backend(name):
+            log_density = ltkernels.knn_kde_grad(p.queries, p.bank, K, bandwidth=p.h, self_index=p.rows).log_density
+    torch.cuda.synchronize()
+    return log_density
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", ["cuda", "triton", "cdist+topk"])
+def test_knn_kde_on_the_card(name, gpu_problem, benchmark):
+    p = gpu_problem
+    benchmark.group = f"knn_kde_grad {p.name} k={K} float32 {torch.cuda.get_device_name()}"
+    rows = torch.linspace(0, len(p.queries) - 1, min(64, len(p.queries)), device="cuda").long()
+    error = (on_the_card(name, p)[rows].double() - exact_density(p, rows)).abs().max().item()
+    assert error < 1e-3, f"{name} is off by {error}"
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    on_the_card(name, p)
+    benchmark.extra_info["max_error"] = error
+    benchmark.extra_info["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    benchmark.pedantic(on_the_card, (name, p), rounds=7, warmup_rounds=2)

@@ -4,11 +4,14 @@ Every op exists twice in the dispatcher, with one schema: `ltkernels::op` is wha
 kernels registered beside them, and routes at run time; `ltkernels_native::op` holds the C++ and CUDA kernels of the compiled part.
 """
 
+import functools
+import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,6 +32,7 @@ TORCH_SCHEMAS = (  # torch ops on every backend: preparation and the bilinear pi
     "diff_scatter(Tensor queries, Tensor points, Tensor index, Tensor coefficient) -> Tensor",
 )
 
+_PUBLIC_NAMES = {"knn": "knn", "knn_kde": "knn_kde_grad"}  # what errors and routes call an op of SCHEMAS
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MAX_K, MAX_D = 256, 4096  # cuda and triton keep a query's k best in registers and shared memory
 MAX_N = 2**31 - 129  # and number the rows of the bank, padded to whole tiles, in 32 bits
@@ -78,6 +82,7 @@ class Route(NamedTuple):
     k: range
     backend: str
     reason: str
+    device: str | None = None  # the card's name in a measured row; None: any
 
 
 _ANY = range(1, MAX_D + 1), range(1, MAX_K + 1)
@@ -89,8 +94,7 @@ ROUTES = [
 
 
 def choose(op: str, like: Tensor, n: int, k: int) -> str:
-    """The backend for k neighbours of each row of `like` among n points; raises when there is none."""
-    d = like.shape[1]
+    """The backend for k neighbours of each row of `like` among n points; raises when there is none, or when `routes_file()` is broken."""
     requested = _requested.get()
     if requested is None and os.environ.get("LTKERNELS_BACKEND"):
         requested = _valid(os.environ["LTKERNELS_BACKEND"], "LTKERNELS_BACKEND")
@@ -104,19 +108,115 @@ def choose(op: str, like: Tensor, n: int, k: int) -> str:
         return "reference"
     if like.device.type != "cuda":
         raise RuntimeError(f'{op}: no kernels for {like.device.type} tensors; use ltkernels.backend("reference") or move them')
-    capability = torch.cuda.get_device_capability(like.device)
-    arch = capability[0] * 10 + capability[1]
-    fitting = [r.backend for r in ROUTES if arch in r.arch and r.op in ("*", op) and like.dtype in r.dtypes and d in r.d and k in r.k]
-    preferred = fitting[0] if fitting else "cuda"
+    major, minor = torch.cuda.get_device_capability(like.device)
+    preferred = _preferred(10 * major + minor, torch.cuda.get_device_name(like.device), op, like.dtype, like.shape[1], k)
     other = "triton" if preferred == "cuda" else "cuda"
-    chosen = other if _missing(preferred, like) and not _missing(other, like) else preferred
+    chosen = other if unavailable(preferred, "cuda") and not unavailable(other, "cuda") else preferred
     _demand(op, chosen, like, n, k)
     return chosen
 
 
-def _missing(name: str, like: Tensor) -> str | None:
-    """Why a backend cannot run on this tensor's device, or None."""
-    device = like.device.type
+@functools.lru_cache  # a tuned table has dozens of rows, and every call on a card asks
+def _preferred(arch: int, device: str, op: str, dtype: torch.dtype, d: int, k: int) -> str:
+    for row in (*_measured_routes(), *ROUTES):
+        if row.device in (None, device) and arch in row.arch and row.op in ("*", op) and dtype in row.dtypes and d in row.d and k in row.k:
+            return row.backend
+    return "cuda"
+
+
+def routes_file() -> Path:
+    """Where `python -m ltkernels.selftest --tune` leaves the rows it measured; on cards of their name they go before ROUTES.
+
+    LTKERNELS_ROUTES names the file; otherwise it is ltkernels/routes.json in XDG_CONFIG_HOME, or in ~/.config.
+    """
+    if named := os.environ.get("LTKERNELS_ROUTES"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "ltkernels", "routes.json")
+
+
+def _measured_routes() -> list[Route]:
+    path = routes_file()
+    if os.path.isfile(path):  # Path.is_file raises where the home folder is closed to this user
+        return read_routes(path)
+    if os.environ.get("LTKERNELS_ROUTES"):
+        raise ValueError(f"LTKERNELS_ROUTES: no such file: {path}; `python -m ltkernels.selftest --tune` writes it")
+    return []
+
+
+@functools.cache
+def read_routes(path: Path) -> list[Route]:
+    """The rows of a file written by `write_routes`, read once in a process.
+
+    Raises:
+        ValueError: names the file, the row and what is wrong with it.
+    """
+    row, routes = None, []
+    try:
+        content = json.loads(path.read_text())
+        if not (isinstance(content, dict) and isinstance(content.get("rows"), list)):
+            raise ValueError('expected {"rows": [...]}')
+        for row in content["rows"]:
+            routes.append(_parsed(row))
+    except (OSError, ValueError) as error:
+        where = f"{path}: " if row is None else f"{path}: in {json.dumps(row)}: "
+        raise ValueError(f"{where}{error}; correct or remove the file") from error
+    return routes
+
+
+def _parsed(row: object) -> Route:
+    def field(name: str, fits: Callable[[object], bool], expectation: str):
+        value = row.get(name) if isinstance(row, dict) else None
+        if not fits(value):
+            raise ValueError(f"expected {name} as {expectation}; got {value!r}")
+        return value
+
+    def span(name: str) -> range:
+        first, last = field(name, _is_span, "[first, last] with 1 <= first <= last")
+        return range(first, last + 1)
+
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in _FLOATS]
+    ops = list(_PUBLIC_NAMES.values())
+    known = field("dtypes", lambda v: isinstance(v, list) and bool(v) and all(x in dtypes for x in v), f"a list out of {', '.join(dtypes)}")
+    return Route(
+        range(1000),
+        field("op", lambda v: v in ops, f"one of {', '.join(ops)}"),
+        tuple(getattr(torch, name) for name in known),
+        span("d"),
+        span("k"),
+        field("backend", lambda v: v in ("cuda", "triton"), "cuda or triton"),
+        field("reason", lambda v: isinstance(v, str), "text"),
+        field("device", lambda v: isinstance(v, str), "the name of a card"),
+    )
+
+
+def _is_span(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(x, int) for x in value) and 1 <= value[0] <= value[1]
+
+
+def write_routes(path: Path, routes: Iterable[Route]) -> None:
+    """Write measured rows for `choose`, which obeys them from then on: a temporary file first, then renamed."""
+    rows = [
+        {
+            "device": route.device,
+            "op": route.op,
+            "dtypes": [str(dtype).removeprefix("torch.") for dtype in route.dtypes],
+            "d": [route.d.start, route.d.stop - 1],
+            "k": [route.k.start, route.k.stop - 1],
+            "backend": route.backend,
+            "reason": route.reason,
+        }
+        for route in routes
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    os.replace(temporary, path)
+    read_routes.cache_clear()
+    _preferred.cache_clear()
+
+
+def unavailable(name: str, device: str) -> str | None:
+    """Why a backend cannot run on tensors of a device type, or None."""
     if name == "reference":
         return None
     if name == "cpu":
@@ -137,7 +237,7 @@ def _missing(name: str, like: Tensor) -> str | None:
 
 
 def _demand(op: str, name: str, like: Tensor, n: int, k: int) -> None:
-    reason = _missing(name, like)
+    reason = unavailable(name, like.device.type)
     if reason:
         raise RuntimeError(f"{op}: backend {name!r} is not available here: {reason}")
     if name in ("cuda", "triton"):
@@ -180,17 +280,15 @@ def _reference_knn_kde(queries, points, centre, centred, sqnorm, self_index, bou
 
 
 def _routed(op: str):
-    public_name = {"knn_kde": "knn_kde_grad"}.get(op, op)
-
     def kernel(queries, points, *rest):
         k = rest[5]
-        run = implementation(op, choose(public_name, queries, len(points), k))
+        run = implementation(op, choose(_PUBLIC_NAMES[op], queries, len(points), k))
         return run(queries.contiguous(), points.contiguous(), *rest)
 
     return kernel
 
 
-for _op in ("knn", "knn_kde"):
+for _op in _PUBLIC_NAMES:
     for _key in ("CPU", "CUDA"):
         _library_public.impl(_op, _routed(_op), _key)
 for _op, _function in (

@@ -48,9 +48,9 @@ def draw(found: dict[str, dict[str, str]], path: Path) -> None:
             caught = bool(said[bug])
             axes.add_patch(plt.Rectangle((column, row), 0.94, 0.9, color="#2a7f62" if caught else "#eceff1"))
             axes.text(column + 0.47, row + 0.47, short, color="white" if caught else "#90a4ae", ha="center", va="center", fontsize=8)
-    axes.set(xlim=(0, len(found)), ylim=(len(bugs), 0), xticks=[i + 0.47 for i in range(len(found))], yticks=[i + 0.45 for i in range(len(bugs))])
-    axes.set_xticklabels(found, fontsize=9)
-    axes.set_yticklabels(["no bug" if bug == "None" else words(bug) for bug in bugs], fontsize=9)
+    axes.set(xlim=(0, len(found)), ylim=(len(bugs), 0))
+    axes.set_xticks([i + 0.47 for i in range(len(found))], found, fontsize=9)
+    axes.set_yticks([i + 0.45 for i in range(len(bugs))], ["no bug" if bug == "None" else words(bug) for bug in bugs], fontsize=9)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     for side in axes.spines.values():

@@ -1,0 +1,299 @@
+"""Every op of every backend on this machine against float64; and which of its GPU backends is the faster one.
+
+    python -m ltkernels.selftest [--device cpu|cuda] [--backend NAME] [--json FILE] [--tune]
+
+The table has a row per backend, device, op and dtype: the worst error of each output over all cases / the limit it is held to. What
+cannot run here is listed with the reason. --tune tests cuda and triton; if both are right, it times them on a grid and writes the
+winners to `backends.routes_file()`, where they replace the rows of this card and leave those of other cards.
+
+Exit status: 0 all ok, or nothing to choose between; 1 a wrong answer or an exception (MISS); 2 bad arguments or a broken routes file.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import Bank, __version__, backend, backends, build_info, knn, knn_kde_grad, reference
+
+INF, NAN = math.inf, math.nan
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # minutes instead of seconds: every case has fewer and shorter rows
+THREADS = torch.get_num_threads()  # used in one run of three: on tensors this small they mostly wait for each other
+Answer, Errors = dict[str, Tensor], dict[str, tuple[Tensor, float]]  # output -> tensor on the CPU; output -> errors and their limit
+
+
+class Op(NamedTuple):
+    cases: Callable[[torch.dtype], dict[str, Any]]
+    run: Callable[[Any, str], list[Answer]]  # case, device -> answers that must agree in every bit
+    judge: Callable[[Any, Answer], Errors]
+    workload: Callable[[torch.dtype, int, int], Callable]  # dtype, d, k -> what --tune times
+
+
+class Search:
+    """One call of knn or knn_kde_grad and what float64 says about it."""
+
+    def __init__(self, queries: Tensor, points: Tensor, k: int, self_index: bool | Tensor | None = None, log_weight: Tensor | None = None):
+        self.queries, self.points, self.k, self.self_index, self.log_weight = queries, points, k, self_index, log_weight
+        self.skipped = torch.arange(len(points)) if self_index is True else self_index
+        self.broken = ~torch.isfinite(queries).all(1, keepdim=True)
+        sqdist, self.order = reference.knn(queries.double(), points.double(), len(points), self.skipped)
+        sqdist = sqdist.nan_to_num(nan=INF, posinf=INF).masked_fill(self.broken, NAN)
+        self.exact = torch.empty_like(sqdist).scatter_(1, self.order, sqdist)  # (Q, N), inf for the row to skip
+        near = sqdist[(sqdist[:, k - 1] > 0) & (sqdist[:, k - 1] < INF), k - 1]
+        self.bandwidth = near.median().sqrt().float().item() if len(near) else 1.0  # so that the kernels matter in every case
+
+
+@cache
+def _searches(dtype: torch.dtype) -> dict[str, Search]:
+    """Something for each rung of each kernel: queues that hold; too many near-ties for tf32, but not for 3xTF32; for both."""
+    g = torch.Generator().manual_seed(0)
+    q, n, crowd = (3, 100, 300) if INTERPRETED else (9, 500, 2100)
+
+    def normal(rows, d, shift=0.0, scale=1.0):
+        return (scale * torch.randn(rows, d, generator=g) + shift).to(dtype)
+
+    def clusters(offset, spread):  # one after the other: the queues of cuda belong to parts of the bank
+        centres = offset * torch.randn(3, 32, generator=g)
+        return [(centres.repeat_interleave(m // 3, 0) + spread * torch.randn(m, 32, generator=g)).to(dtype) for m in (q, crowd)]
+
+    own, copies = normal(n // 5, 8), normal(1, 16).repeat(1100, 1)
+    broken, log_weight = (normal(q, 7), normal(n, 7)), torch.randn(n, generator=g)
+    broken[0][::4, 2], broken[0][1::6], broken[1][::5], broken[1][1::7, 3], log_weight[::9] = NAN, -INF, NAN, INF, -INF
+    shapes = ((1, 16), (2, 64), (32, 256), (33, 1), (128, 64), (512, 16))
+    return {
+        **{f"gaussian d={d} k={k}": Search(normal(q, d), normal(max(n, k + 50), d), k) for d, k in shapes},
+        "clusters": Search(*clusters(4, 0.05), 16),
+        "tight clusters": Search(*clusters(10, 0.002), 16),
+        "duplicates": Search(copies[:q], torch.cat([copies, normal(n, 16)]), 16),
+        "lattice": Search(*(torch.randint(-2, 3, (rows, 3), generator=g).to(dtype) for rows in (q, n)), 16),
+        "far from the origin": Search(normal(q, 32, 1e3), normal(n, 32, 1e3), 16),
+        "squares near overflow": Search(normal(q, 32, scale=1e18), normal(n, 32, scale=1e18), 16),
+        "NaN and inf": Search(*broken, 16),
+        "k = N": Search(normal(q, 5), normal(n // 4, 5), n // 4),
+        "one point": Search(normal(1, 6), normal(1, 6), 1),
+        "no query": Search(normal(0, 4), normal(n, 4), 3),
+        "leave one out": Search(own, own, 16, True),
+        "self_index, log_weight": Search(normal(q, 10), normal(n, 10), 16, torch.randint(-1, n, (q,), generator=g), log_weight),
+    }
+
+
+def _run_search(op: Callable, case: Search, device: str) -> list[Answer]:
+    """The answer; again on one thread, and where a bank searched itself from the bounds that this left in it; and by halves."""
+    points = case.points.to(device)
+    queries = points if case.queries is case.points else case.queries.to(device)
+    bank = Bank(points, log_weight=None if case.log_weight is None else case.log_weight.to(device))
+    rows = None if case.skipped is None else case.skipped.to(device)
+    call = partial(op, bank=bank, k=case.k, **({"bandwidth": case.bandwidth} if op is knn_kde_grad else {}))
+    answers = []
+    for threads in (THREADS, 1):
+        torch.set_num_threads(threads)
+        answers.append(call(queries, self_index=True if case.self_index is True else rows)._asdict())
+    skipped = [None, None] if rows is None else rows.tensor_split(2)
+    halves = [call(half, self_index=skip)._asdict() for half, skip in zip(queries.tensor_split(2), skipped, strict=True)]
+    answers.append({name: torch.cat([half[name] for half in halves]) for name in answers[0]})
+    return [{name: output.cpu() for name, output in answer.items()} for answer in answers]
+
+
+def _workload(op: Callable, dtype: torch.dtype, d: int, k: int) -> Callable:
+    queries, points = (torch.randn(rows, d, device="cuda").to(dtype) for rows in (4096, 65536))
+    return partial(op, queries, Bank(points), k, **({"bandwidth": math.sqrt(d)} if op is knn_kde_grad else {}))
+
+
+def _deviation(actual: Tensor, expected: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """|actual - expected| / scale; 0 where both are the same infinity or both NaN, inf where only one is."""
+    actual, expected = actual.double(), expected.double()
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    return ((actual - expected).abs() / scale).nan_to_num(nan=INF).masked_fill(same, 0)
+
+
+def _judge_neighbours(case: Search, answer: Answer) -> Errors:
+    """sqdist; how much nearer a point left out is; rows that are not k different rows by (sqdist, index), also at the boundary."""
+    sqdist, index, n = answer["sqdist"].double(), answer["index"], len(case.points)
+    inside = index.clamp(0, n - 1)
+    kept, dropped = case.exact.gather(1, inside), case.exact.scatter(1, inside, NAN)
+    last = kept[:, -1:]
+    nearer = ((last - dropped) / last).nan_to_num(nan=0, neginf=0, posinf=1).clamp(min=0)
+    ascending = (sqdist.diff(dim=1) > 0) | ((sqdist.diff(dim=1) == 0) | (sqdist[:, 1:] == INF)) & (index.diff(dim=1) > 0)
+    # a tie at the boundary is judged where float64 and the answer are both exact, as they are for duplicates and lattices
+    tied = (dropped == last) & (sqdist[:, -1:] == last) & torch.isfinite(last)
+    wrong = [
+        index != inside,
+        inside.sort(1).values.diff(dim=1) == 0,
+        ~(ascending | case.broken),
+        case.broken & (index != case.order[:, : case.k]),  # the lowest rows
+        tied & (torch.arange(n) < inside[:, -1:]),
+        *([] if case.skipped is None else [index == case.skipped[:, None]]),
+    ]
+    return {
+        "sqdist": (_deviation(sqdist, kept, kept.clamp(min=1e-30)), 1e-13 if case.points.dtype == torch.float64 else 1e-6),
+        "set": (nearer, 1e-6),
+        "order": (torch.cat(wrong, 1).any(1).sum(), 0),
+    }
+
+
+def _judge_density(case: Search, answer: Answer) -> Errors:
+    """For the neighbours that were answered: log_density, score, and by how much the dropped points exceed their bound."""
+    n, index = len(case.points), answer["index"].clamp(0, len(case.points) - 1)
+    h = torch.full((len(index),), case.bandwidth, dtype=torch.float64)
+    weight = None if case.log_weight is None else case.log_weight.double() - case.log_weight.double().logsumexp(0) + math.log(n)
+    kept = case.exact.gather(1, index)
+    logits = reference.kernel_logits(kept, index, h, weight)
+    log_density = logits.logsumexp(1) - math.log(case.k)
+    part = torch.softmax(logits, 1) / h[:, None].square()
+    score = reference.diff_sum(case.queries.double(), case.points.double(), index, part)
+    # at a centre of symmetry the terms cancel and the norm of the score is no measure: 1e-6 of the terms is what float32 can hold
+    allowed = (score.norm(dim=1) + 1e-2 * (part * kept.nan_to_num(posinf=0).sqrt()).sum(1)).nan_to_num(nan=1).clamp(min=1e-300)
+    whole = reference.kernel_logits(case.exact, torch.arange(n).expand_as(case.exact), h, weight).logsumexp(1)
+    over = (whole - log_density - math.log(case.k) - torch.log1p(answer["truncation"].double().exp())).masked_fill(log_density == -INF, 0)
+    over = torch.where(case.broken[:, 0], _deviation(answer["truncation"], whole), over.nan_to_num(nan=INF).clamp(min=0))
+    return {
+        **_judge_neighbours(case, answer),
+        "log_density": (_deviation(answer["log_density"], log_density, log_density.abs().clamp(min=1)), 1e-5),
+        "score": (_deviation(answer["score"], score).norm(dim=1) / allowed, 1e-4),
+        "truncation": (over, 1e-12),  # float64 rounds the two sums
+    }
+
+
+OPS = {  # the one place to add an op: what to run it on, how to run and judge it, and what --tune times
+    "knn": Op(_searches, partial(_run_search, knn), _judge_neighbours, partial(_workload, knn)),
+    "knn_kde_grad": Op(_searches, partial(_run_search, knn_kde_grad), _judge_density, partial(_workload, knn_kde_grad)),
+}
+
+
+def facts() -> dict[str, str]:
+    """What one must know of the machine and the build to read the table."""
+    info = build_info()
+    lines = {
+        **({"triton": "interpreted: every case has fewer and shorter rows"} if INTERPRETED else {}),
+        "ltkernels": f"{__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "C++ kernels": info["compiler"] if info["cpp"] else f"none: {info['cpp_reason']}",
+        "CUDA kernels": f"{', '.join(info['cuda_archs'])}, nvcc {info['nvcc']}" if info["cuda"] else f"none: {info['cuda_reason']}",
+    }
+    if torch.cuda.is_available():
+        driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader").split("\n")[0]
+        lines["gpu"] = "{}, capability {}.{}, driver {}".format(torch.cuda.get_device_name(), *torch.cuda.get_device_capability(), driver)
+    return lines
+
+
+def places(device: str | None, name: str | None) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """The (backend, device) pairs that can run here, and why the others cannot."""
+    pairs = [("cpu", "cpu"), ("triton", "cpu"), ("reference", "cpu"), ("cuda", "cuda"), ("triton", "cuda")]
+    pairs = [pair for pair in pairs if name in (None, pair[0]) and device in (None, pair[1])]
+    blind = {} if torch.cuda.is_available() else {"cuda": "torch sees no GPU"}
+    reasons = {pair: [backends.unavailable(*pair), blind.get(pair[1])] for pair in pairs}
+    missing = {" on ".join(pair): "; ".join(filter(None, why)) for pair, why in reasons.items() if any(why)}
+    return [pair for pair in pairs if not any(reasons[pair])], missing
+
+
+def test(name: str, device: str, op: str, dtype: torch.dtype) -> dict[str, Any]:
+    """A row of the table. Whatever the op does wrong, raising included, becomes its verdict and hides no other row."""
+    worst, cases, case_name = {}, {}, "preparing the cases"
+    try:
+        cases = OPS[op].cases(dtype)
+        for case_name, case in cases.items():
+            with backend(name):
+                answer, *others = OPS[op].run(case, device)
+            differ = torch.stack([_deviation(other[x], answer[x]).count_nonzero() for other in others for x in answer]).sum()
+            for output, (errors, limit) in {**OPS[op].judge(case, answer), "bits": (differ, 0)}.items():
+                error = errors.amax().item() if errors.numel() else 0
+                if output not in worst or error > worst[output]["error"]:
+                    worst[output] = {"error": error, "limit": limit, "case": case_name}
+        missed = [f"{output} in {w['case']}" for output, w in worst.items() if not w["error"] <= w["limit"]]
+        verdict = f"MISS: {'; '.join(missed)}" if missed else "ok"
+    except Exception as error:
+        verdict = f"MISS: {case_name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    dtype_name = str(dtype).removeprefix("torch.")
+    outputs = "  ".join(f"{output} {w['error']:.2g}/{w['limit']:.2g}" for output, w in worst.items())
+    print(f"{name:9} {device:4} {op:12} {dtype_name:8} {len(cases):2} cases  {outputs}  {verdict}", flush=True)
+    return {"backend": name, "device": device, "op": op, "dtype": dtype_name, "cases": len(cases), "worst": worst, "verdict": verdict}
+
+
+TUNED_D = {32: range(1, 65), 128: range(65, 257), 512: range(257, backends.MAX_D + 1)}  # measured at d: for these
+TUNED_K = {16: range(1, 33), 64: range(33, 129), 256: range(129, backends.MAX_K + 1)}
+WARMUP, ROUNDS = 2, 7
+
+
+def measure(op: str, dtype: torch.dtype, d: int, k: int, rivals: list[str]) -> dict[str, list[float]]:
+    """Seconds of every rival, from call to answer. They take turns, so that clocks and temperature favour none."""
+    call, times = OPS[op].workload(dtype, d, k), {name: [] for name in rivals}
+    for turn, name in itertools.product(range(WARMUP + ROUNDS), rivals):
+        with backend(name):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+        times[name] += [time.perf_counter() - start] if turn >= WARMUP else []
+    return times
+
+
+def tune(card: str, rivals: list[str]) -> list[backends.Route]:
+    """A row for the faster rival at every op, dtype, d and k of the grid, but none where one of them raises."""
+    routes = []
+    for op, dtype, d, k in itertools.product(OPS, backends._FLOATS, TUNED_D, TUNED_K):
+        try:
+            median = {name: statistics.median(times) for name, times in measure(op, dtype, d, k, rivals).items()}
+            fast, slow = sorted(median, key=median.get)
+            reason = f"measured on {card}: {fast} {median[fast] / median[slow]:.2f} of {slow}'s time, median of {ROUNDS}"
+            routes.append(backends.Route(range(1000), op, (dtype,), TUNED_D[d], TUNED_K[k], fast, reason, card))
+        except Exception as error:  # such as too little memory: the other cells can do without this one
+            reason = f"{type(error).__name__}: {error}"
+        print(f"{op} {dtype} d={d} k={k}: {reason}", flush=True)
+    return routes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ltkernels.selftest", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="test on this one only")
+    parser.add_argument("--backend", choices=backends.BACKENDS, help="test this one only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write header and table there, too")
+    parser.add_argument("--tune", action="store_true", help="time cuda against triton and write the routes of this card")
+    args = parser.parse_args(arguments)
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json: no such folder: {args.json.absolute().parent}")
+    running, missing = places(args.device, args.backend)
+    if args.tune:
+        running = [pair for pair in running if pair[1] == "cuda"]
+        if len(running) < 2:
+            print(f"--tune: nothing to choose between: of cuda and triton, {running[0][0] if running else 'none'} can run here")
+            return 0
+        path, card = backends.routes_file(), torch.cuda.get_device_name()
+        try:
+            others = [route for route in backends.read_routes(path) if route.device != card] if path.exists() else []
+        except ValueError as error:  # found before anything is measured
+            parser.error(str(error))
+    reasons = [f"{place}: {why}" for place, why in missing.items()]
+    if not running:
+        parser.error(f"nothing can run: {'; '.join(reasons) or 'no such pair'}")
+    header = facts()
+    print(*(f"{name:13} {fact}" for name, fact in header.items()), *(f"not tested: {reason}" for reason in reasons), sep="\n")
+    dtypes = {name: (*backends._FLOATS, *([torch.float64] if name in ("cpu", "reference") else [])) for name in backends.BACKENDS}
+    rows = [test(name, device, op, dtype) for name, device in running for op in OPS for dtype in dtypes[name]]
+    torch.set_num_threads(THREADS)
+    missed = sum(row["verdict"] != "ok" for row in rows)
+    print(f"{len(rows) - missed} of {len(rows)} rows are ok")
+    if args.json:
+        report = json.dumps({"facts": header, "not tested": missing, "rows": rows})
+        args.json.write_text(json.dumps(json.loads(report, parse_constant=str), indent=1) + "\n")  # JSON has no infinity
+    if args.tune and not missed:
+        routes = tune(card, [name for name, _ in running])
+        missed = len(OPS) * len(backends._FLOATS) * len(TUNED_D) * len(TUNED_K) - len(routes)
+        backends.write_routes(path, [*routes, *others])
+        print(f"{len(routes)} rows for {card} in {path}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
