@@ -28,6 +28,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 10)  # the oldest torch whose stable ABI has all that csrc/ uses
+TORCH_MACRO = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-DUSE_CUDA", TORCH_MACRO]  # USE_CUDA declares aoti_torch_get_current_cuda_stream
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 GET_NVCC = "set CUDA_HOME to a CUDA toolkit, or `pip install 'cuda-toolkit[nvcc,cccl]'`"
 
@@ -222,16 +224,14 @@ def extensions(cuda: Cuda, info: dict) -> tuple[list[Extension], type[Command]]:
     import pybind11
     from torch.utils import cpp_extension
 
-    target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
-    flags = {"cxx": ["-O3", "-std=c++20", target], "nvcc": []}
+    flags = {"cxx": ["-O3", "-std=c++20", TORCH_MACRO], "nvcc": []}
     sources = ["csrc/ltkernels.cpp", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*/*_cpu.cpp")))]
     if cuda.home:
         kernels = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*/*_cuda.cu"))]
         codes = re.findall(r",code=(\w+)", " ".join(cpp_extension._get_cuda_arch_flags()))
         # ninja runs the files side by side; where cores are left over, nvcc runs the architectures side by side
         threads = min(len(codes), int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1) // max(1, len(kernels)))
-        # USE_CUDA shows the declaration of aoti_torch_get_current_cuda_stream
-        flags["nvcc"] = ["-O3", "-std=c++20", "-lineinfo", "-DUSE_CUDA", target, f"--threads={max(1, threads)}"]
+        flags["nvcc"] = [*NVCC_FLAGS, f"--threads={max(1, threads)}"]
         sources += kernels
         info["cuda_archs"] = sorted(codes, key=lambda code: (code.startswith("compute"), int(re.sub(r"\D", "", code))))
     info["flags"] = flags

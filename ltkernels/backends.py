@@ -35,6 +35,7 @@ TORCH_SCHEMAS = (  # torch ops on every backend: preparation and the bilinear pi
 _PUBLIC_NAMES = {"knn": "knn", "knn_kde": "knn_kde_grad"}  # what errors and routes call an op of SCHEMAS
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MAX_K, MAX_D = 256, 4096  # cuda and triton keep a query's k best in registers and shared memory
+OLDEST_TRITON_SM_100 = (3, 8)  # 3.6 and 3.7 fail in a pass over the layouts of tensor memory (python -m tests.aot --triton 3.7.1)
 MAX_N = 2**31 - 129  # and number the rows of the bank, padded to whole tiles, in 32 bits
 
 _library_public = torch.library.Library("ltkernels", "DEF")
@@ -230,9 +231,12 @@ def unavailable(name: str, device: str) -> str | None:
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it runs on CUDA tensors, and on CPU tensors only when TRITON_INTERPRET=1 is set before the start; got {device}"
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
         return "the package triton is not installed"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST_TRITON_SM_100 and device == "cuda" and torch.cuda.get_device_capability()[0] == 10:
+        return f"Triton {triton.__version__} cannot compile its kernels for sm_100; install 3.8 or newer"
     return None
 
 

@@ -501,3 +501,13 @@ def test_wrong_arguments_of_the_day(gpu_day, gpu, arguments, message, monkeypatc
     with pytest.raises(SystemExit) as stopped:
         gpu_day.main(arguments)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version, works", [("3.7.1", False), ("3.8.0", True), ("3.10.0", True)])
+def test_a_triton_that_cannot_compile_for_the_card_is_unavailable(monkeypatch, version, works):
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    reason = backends.unavailable("triton", "cuda")
+    assert reason is None if works else f"Triton {version} cannot compile its kernels for sm_100" in reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert backends.unavailable("triton", "cuda") is None

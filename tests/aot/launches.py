@@ -1,22 +1,24 @@
-"""Compiles what a Triton backend would launch, to cubins, for a card that is not there.
+"""What a Triton backend would launch, compiled for a card that is not there.
 
 `recorded` runs a backend on meta tensors with the launches intercepted, so what is compiled is what would run: the same constants,
-argument types and divisibility. `compiled` makes the cubin and reads its resources."""
-import re
-import subprocess
-import tempfile
-from pathlib import Path
+argument types and divisibility."""
+
+import functools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import pytest
 import torch
 import triton
+from expected import EXPECTED
+from sass import ARCHS, Image, Kernel, kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}  # a program's limit
 
 
 class Launch(NamedTuple):
@@ -27,17 +29,14 @@ class Launch(NamedTuple):
     options: tuple
 
     @property
-    def name(self):
+    def name(self) -> str:
         return self.fn.fn.__name__
 
-
-class Compiled(NamedTuple):
-    ptx: str
-    sass: str
-    shared: int  # bytes of a program
-    registers: int
-    stack: int
-    spills: int  # loads and stores of local memory
+    @property
+    def label(self) -> str:
+        """With what the launch chose of the code: _filter<TMA, ALIGNED, tf32>, _select<bank>."""
+        chosen = [name if value is True else value for name, value in self.constants if value is True or isinstance(value, str)]
+        return f"{self.name}<{', '.join(chosen)}>" if chosen else self.name
 
 
 def recorded(monkeypatch, run) -> list[Launch]:
@@ -68,17 +67,42 @@ def recorded(monkeypatch, run) -> list[Launch]:
     return list(launches.values())
 
 
-def compiled(launch: Launch, arch: int) -> Compiled:
+class DoesNotCompile(Exception):
+    pass
+
+
+@functools.cache
+def image(launch: Launch, arch: int) -> Image:
     names = launch.fn.arg_names
     source = ASTSource(
         fn=launch.fn, signature=dict(launch.signature), constexprs={(names.index(name),): value for name, value in launch.constants},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
     )  # fmt: skip
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-    return Compiled(kernel.asm["ptx"], sass, kernel.metadata.shared, registers, stack, len(re.findall(r"\b(?:STL|LDL)\b", sass)))
+    try:
+        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    except Exception as error:
+        raise DoesNotCompile(f"triton {launch.label} sm_{arch} does not compile: {' '.join(str(error).split())[:400]}") from error
+    return Image(kernel.asm["cubin"], kernel.asm["ptx"], {launch.name: launch.label}, {launch.name: kernel.metadata.shared})
+
+
+def compiled(op: str, variant: str, arch: int, launches: Sequence[Launch]) -> tuple[list[Kernel], list[DoesNotCompile]]:
+    images, failed = [], []
+    for launch in launches:
+        try:
+            images.append(image(launch, arch))
+        except DoesNotCompile as error:
+            failed.append(error)
+    return kernels("triton", op, variant, arch, images), failed
+
+
+def launches_of(op: str, variant: str, arch: int) -> list[Launch]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return recorded(monkeypatch, EXPECTED[op].call(monkeypatch, arch, *EXPECTED[op].variants[variant]))
+
+
+@functools.cache
+def triton_kernels(op: str, variant: str) -> dict[int, tuple[list[Kernel], list[DoesNotCompile]]]:
+    """arch -> kernels, and what went wrong with others."""
+    launches = {arch: launches_of(op, variant, arch) for arch in ARCHS}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of the time is MLIR's, ptxas's and nvdisasm's, which run beside Python
+        return dict(zip(ARCHS, pool.map(lambda arch: compiled(op, variant, arch, launches[arch]), ARCHS), strict=True))

@@ -194,7 +194,7 @@ def test_compaction(search, order, monkeypatch):
 def test_every_config_gives_the_same_bits(search, monkeypatch):
     """Tiles of the real cards, TMA and pointer loads alike."""
     queries, points = gauss(3, 36, seed=9), gauss(300, 36)
-    for config in {*backend._CONFIGS.values(), backend._UNALIGNED}:
+    for config in {*backend._CONFIGS.values(), backend._UNALIGNED, backend._config(9, True, 1024)}:
         monkeypatch.setattr(backend, "_config", lambda *_, c=config: c)
         search(queries, points, 8)
 

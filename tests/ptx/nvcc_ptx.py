@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,18 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "simt"))
 
 import simt_host  # noqa: E402
 from interpreter import Module  # noqa: E402
+from toolkit import setup, toolkit  # noqa: E402
 
 EXECUTOR = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p))
 
 
-def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-
-
 def missing() -> str | None:
     """Why PTX can't be made and run here, or None."""
-    return simt_host.missing() or (None if nvcc() else "needs nvcc, in CUDA_HOME or on PATH")
+    return simt_host.missing() or (None if toolkit().home else toolkit().reason)
 
 
 @functools.cache
@@ -36,8 +30,8 @@ def module(entry: str, arch: int, csrc: Path = simt_host.ROOT / "csrc") -> Modul
     """What nvcc makes of tests/simt/<entry>: its kernels are those that the entry launches."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernels.ptx"
-        command = [nvcc(), "-std=c++20", "-O3", "-lineinfo", "-ptx", f"-arch=sm_{arch}", "-x", "cu", f"-I{csrc}", f"-I{csrc / 'simt'}"]
-        subprocess.run([*command, str(simt_host.HERE / entry), "-o", str(out)], check=True)
+        command = [toolkit().home / "bin/nvcc", *setup.NVCC_FLAGS, f"-I{csrc}", f"-I{csrc / 'simt'}", "-x", "cu"]
+        subprocess.run([*command, "-ptx", f"-arch=sm_{arch}", simt_host.HERE / entry, "-o", out], check=True)
         return Module(out.read_text())
 
 

@@ -1,0 +1,69 @@
+"""What the compiled kernels of each op must show, and the calls that bring its Triton kernels about. A new op is one entry of EXPECTED.
+
+What is asked of every kernel is in rules.py: no stack, no spills, and room for what its launch asks for."""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from rules import Needs
+from sass import ARCHS
+
+MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}  # the card's own; mma.sync is HMMA on all
+
+
+class Op(NamedTuple):
+    cuda: Mapping[str, Needs]  # start of the kernel's name -> needs; the first that fits counts
+    triton: Mapping[str, Needs]
+    variants: Mapping[str, tuple]  # name -> what `call` takes
+    call: Callable  # (monkeypatch, arch, *variant) -> a function that runs the Triton backend as on that card
+
+
+def knn_kde(monkeypatch, arch, d, k, dtype, n_queries, self_index, bound, log_weight):
+    backend = importlib.import_module("ltkernels.triton.knn_kde")
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    monkeypatch.setattr(backend, "_guard", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(backend, "_major", lambda *_: arch // 10)
+    monkeypatch.setattr(backend, "_multiprocessors", lambda *_: 132)
+    n = 100_000
+    arguments = (
+        meta(n_queries, d, dtype=dtype), meta(n, d, dtype=dtype), meta(d), meta(n, d), meta(n),
+        meta(n_queries, dtype=torch.int64) if self_index else None, meta(n_queries) if bound else None,
+        k, meta(n_queries), meta(n) if log_weight else None,
+    )  # fmt: skip
+    return lambda: backend.knn_kde(*arguments)
+
+
+EXPECTED = {
+    "knn_kde": Op(
+        cuda={
+            # 99 KiB hold one pair of buffers, so sm_120 keeps one block where the registers are for two
+            "filter_kernel<1>": Needs({arch: ("HMMA", "LDGSTS") for arch in ARCHS}, dynamic="FilterShared", blocks={120: 1}),
+            "filter_kernel<3>": Needs({arch: ("HMMA", "LDGSTS") for arch in ARCHS}, dynamic="FilterShared"),
+            "finish_kernel<": Needs(),
+            "prepare_kernel<": Needs(),
+            "collect_kernel": Needs(),
+        },
+        triton={
+            "_filter<TMA": Needs({arch: (MMA[arch], "UTMALDG") for arch in ARCHS if arch >= 90}),
+            "_filter<": Needs({arch: (MMA[arch], "LDGSTS") for arch in ARCHS}),
+            **dict.fromkeys(("_rows", "_columns", "_merge", "_select<groups>", "_select<bank>", "_select<parts>", "_density"), Needs()),
+        },
+        # d, k, dtype, queries, self_index, bound, log_weight. Rows of 16 bytes go by TMA where there is one, others by pointer; the number
+        # of queries decides into how many parts the bank is split
+        variants={
+            "plain": (64, 16, torch.float32, 4000, False, False, False),
+            "everything given": (1024, 64, torch.bfloat16, 4000, True, True, True),
+            "few queries": (8, 100, torch.float16, 3, False, True, False),
+            "a plane, many queries": (2, 5, torch.float32, 100_000, False, False, False),
+            "odd rows, largest k": (39, 256, torch.float16, 4000, True, False, False),
+            "odd rows, everything": (39, 256, torch.bfloat16, 4000, True, True, True),
+        },
+        call=knn_kde,
+    ),
+}

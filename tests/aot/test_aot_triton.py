@@ -1,0 +1,28 @@
+"""Every Triton kernel, as it would be launched, compiled for every architecture, keeps the rules of expected.py."""
+
+import pytest
+
+pytest.importorskip("triton")
+from expected import EXPECTED
+from launches import triton_kernels
+from ops import OPS
+from rules import faults, unmatched
+from sass import ARCHS
+
+pytestmark = pytest.mark.usefixtures("needs_triton")
+VARIANTS = [(op, variant) for op in OPS for variant in EXPECTED[op].variants]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("op, variant", VARIANTS)
+def test_kernels_keep_the_rules(op, variant, arch, cover):
+    kernels, failed = triton_kernels(op, variant)[arch]
+    cover(kernels)
+    assert not failed
+    assert not faults(kernels, EXPECTED[op].triton)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_of_the_table_was_launched(op):
+    kernels = [kernel for variant in EXPECTED[op].variants for found, _ in triton_kernels(op, variant).values() for kernel in found]
+    assert not unmatched(kernels, EXPECTED[op].triton)
