@@ -3,10 +3,11 @@
     python benchmarks/gpu_day.py [--out FOLDER] [--steps NAME ...]
     python benchmarks/gpu_day.py --rehearse        # without a GPU: what needs a card is recorded as not run, the rest runs in small form
 
-Steps: numerics (the selftest), sanitizer (tests/gpu/compute_sanitizer.sh), tests (pytest -m gpu), benchmarks (cuda and triton against
-torch.cdist + topk), tune (the routes of this card, written into FOLDER and nowhere else). FOLDER/report.json holds the machine, the
-versions and of each step its status, duration, end of output and results; it is replaced after every step, and a step that fails or
-hangs does not stop the next. The whole output of a step is in FOLDER/<step>.log.
+Steps: numerics-cuda, numerics-triton (the selftest), sanitizer (tests/gpu/compute_sanitizer.sh), tests (pytest -m gpu), benchmarks (cuda
+and triton against torch.cdist + topk), tune (the routes of this card, written into FOLDER and nowhere else). FOLDER/report.json holds the
+machine, the versions and of each step its status, duration, end of output and results; it is replaced after every step, and a step that
+fails or hangs does not stop the next. Steps that are run again replace their entries in it. The whole output of a step is in
+FOLDER/<step>.log.
 
 Exit status: 0 all steps passed (or could not run in a rehearsal), 1 one of them failed, 2 bad arguments, or no GPU and no --rehearse.
 """
@@ -28,6 +29,10 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # as for the steps, which run there
+
+from ltkernels.selftest import driver  # noqa: E402
+
 TAIL = 20_000  # characters of a step's output in the report
 
 
@@ -41,13 +46,15 @@ class Step(NamedTuple):
 def steps(out: Path) -> dict[str, Step]:
     selftest = [sys.executable, "-m", "ltkernels.selftest"]
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    numerics = [*selftest, "--json", str(out / "selftest.json")]
+    cuda, triton = ([*selftest, "--json", str(out / f"{name}.json"), "--backend"] for name in ("cuda", "triton"))
     sanitizer = ["env", f"PYTHON={sys.executable}", "bash", "tests/gpu/compute_sanitizer.sh", str(out / "sanitizer")]
     benchmarks = [*pytest, "benchmarks", "--benchmark-only", "--benchmark-json", str(out / "benchmarks.json")]
     one_query = [*benchmarks, "-k", "ltkernels and not self and not 2000"]
     tune = ["env", f"LTKERNELS_ROUTES={out / 'routes.json'}", *selftest, "--tune"]
     return {
-        "numerics": Step(numerics, [*numerics, "--backend", "reference"], 30, "selftest.json"),
+        # a process each: an illegal access of one spoils every later call of its process
+        "numerics-cuda": Step([*cuda, "cuda"], [*cuda, "reference"], 30, "cuda.json"),
+        "numerics-triton": Step([*triton, "triton"], None, 30, "triton.json"),
         "sanitizer": Step(sanitizer, None, 240),
         "tests": Step([*pytest, "-m", "gpu", "tests"], None, 120),
         "benchmarks": Step([*benchmarks, "-m", "gpu"], one_query, 60, "benchmarks.json"),
@@ -98,15 +105,22 @@ def machine() -> dict:
             versions[package] = None
     if not torch.cuda.is_available():
         return {"device": None, "versions": versions}
-    driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader").split("\n")[0]
     capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    return {"device": torch.cuda.get_device_name(), "driver": driver, "capability": capability, "versions": versions}
+    return {"device": torch.cuda.get_device_name(), "driver": driver(), "capability": capability, "versions": versions}
 
 
 def write(path: Path, report: dict) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(temporary, path)
+
+
+def earlier(path: Path, rehearsal: bool) -> dict:
+    """The steps of a report on this kind of machine that is already there."""
+    if not path.exists():
+        return {}
+    report = json.loads(path.read_text())
+    return report["steps"] if report["rehearsal"] == rehearsal else {}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     report = {"started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rehearsal": args.rehearse}
-    report |= {"machine": machine(), "steps": {}}
+    report |= {"machine": machine(), "steps": earlier(out / "report.json", report["rehearsal"])}
     for name, step in steps(out).items():
         if args.steps and name not in args.steps:
             continue

@@ -6,7 +6,8 @@ The table has a row per backend, device, op and dtype: the worst error of each o
 cannot run here is listed with the reason. --tune tests cuda and triton; if both are right, it times them on a grid and writes the
 winners to `backends.routes_file()`, where they replace the rows of this card and leave those of other cards.
 
-Exit status: 0 all ok, or nothing to choose between; 1 a wrong answer or an exception (MISS); 2 bad arguments or a broken routes file.
+Exit status: 0 all ok, or nothing to choose between; 1 a wrong answer, an exception (MISS), or a cell of the grid that could not be
+timed; 2 bad arguments, or a routes file that cannot be read or written.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -125,6 +127,7 @@ def _judge_neighbours(case: Search, answer: Answer) -> Errors:
     kept, dropped = case.exact.gather(1, inside), case.exact.scatter(1, inside, NAN)
     last = kept[:, -1:]
     nearer = ((last - dropped) / last).nan_to_num(nan=0, neginf=0, posinf=1).clamp(min=0)
+    nearer = nearer.masked_fill(last.isinf() & torch.isfinite(dropped), INF)
     ascending = (sqdist.diff(dim=1) > 0) | ((sqdist.diff(dim=1) == 0) | (sqdist[:, 1:] == INF)) & (index.diff(dim=1) > 0)
     # a tie at the boundary is judged where float64 and the answer are both exact, as they are for duplicates and lattices
     tied = (dropped == last) & (sqdist[:, -1:] == last) & torch.isfinite(last)
@@ -172,6 +175,14 @@ OPS = {  # the one place to add an op: what to run it on, how to run and judge i
 }
 
 
+def driver() -> str:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: nvidia-smi does not run"
+
+
 def facts() -> dict[str, str]:
     """What one must know of the machine and the build to read the table."""
     info = build_info()
@@ -183,8 +194,7 @@ def facts() -> dict[str, str]:
         "CUDA kernels": f"{', '.join(info['cuda_archs'])}, nvcc {info['nvcc']}" if info["cuda"] else f"none: {info['cuda_reason']}",
     }
     if torch.cuda.is_available():
-        driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader").split("\n")[0]
-        lines["gpu"] = "{}, capability {}.{}, driver {}".format(torch.cuda.get_device_name(), *torch.cuda.get_device_capability(), driver)
+        lines["gpu"] = "{}, capability {}.{}, driver {}".format(torch.cuda.get_device_name(), *torch.cuda.get_device_capability(), driver())
     return lines
 
 
@@ -270,10 +280,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"--tune: nothing to choose between: of cuda and triton, {running[0][0] if running else 'none'} can run here")
             return 0
         path, card = backends.routes_file(), torch.cuda.get_device_name()
-        try:
-            others = [route for route in backends.read_routes(path) if route.device != card] if path.exists() else []
-        except ValueError as error:  # found before anything is measured
-            parser.error(str(error))
+        try:  # found before anything is measured: a file that cannot be read, and one that cannot be written
+            kept = backends.read_routes(path) if os.path.isfile(path) else []
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except (OSError, ValueError) as error:
+            parser.error(f"--tune: {error}")
+        others = [route for route in kept if route.device != card]
     reasons = [f"{place}: {why}" for place, why in missing.items()]
     if not running:
         parser.error(f"nothing can run: {'; '.join(reasons) or 'no such pair'}")

@@ -159,6 +159,27 @@ def test_a_nearer_point_left_out_is_a_miss(few_cases, monkeypatch):
     assert row["verdict"].startswith("MISS: set in ")
 
 
+def test_lost_rows_in_place_of_neighbours_are_a_miss(monkeypatch):
+    """Rows with NaN are infinitely far, and answered only where there are no others."""
+    implementation = backends.implementation
+    cases = selftest.OPS["knn"].cases(torch.float32)
+    broken = {"NaN and inf": cases["NaN and inf"]}
+    monkeypatch.setitem(selftest.OPS, "knn", selftest.OPS["knn"]._replace(cases=lambda dtype: broken))
+
+    def lost(name, backend):
+        def run(queries, points, *rest):
+            sqdist, index = implementation(name, backend)(queries, points, *rest)
+            gone = (~torch.isfinite(points).all(1)).nonzero().flatten()[:3]
+            sqdist[:, -3:], index[:, -3:] = sqdist[:, -3:].clamp(min=torch.inf), gone
+            return sqdist, index
+
+        return run
+
+    assert selftest.test(CPU, "cpu", "knn", torch.float32)["verdict"] == "ok"
+    monkeypatch.setattr(backends, "implementation", lost)
+    assert selftest.test(CPU, "cpu", "knn", torch.float32)["verdict"].startswith("MISS: set in ")
+
+
 def test_a_bound_that_is_exceeded_is_a_miss(few_cases, monkeypatch):
     monkeypatch.setattr(ltkernels.knn_kde, "_truncation", lambda sqdist, *_: torch.full_like(sqdist[:, 0], -30.0))
     assert "truncation in " in selftest.test(CPU, "cpu", "knn_kde_grad", torch.float32)["verdict"]
@@ -280,6 +301,15 @@ def test_tuned_routes_are_obeyed(card, routes, capsys):
         assert [chosen(20, k, op, torch.bfloat16) for k in (1, 32, 33, 256)] == ["cuda"] * 4
     card.name = "NVIDIA Test 200"
     assert chosen(d=32) == "triton"  # not its card
+
+
+def test_routes_that_cannot_be_written_are_found_before_anything_is_measured(card, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LTKERNELS_ROUTES", str(tmp_path / "file" / "routes.json"))
+    monkeypatch.setattr(selftest, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stop:
+        selftest.main(["--tune"])
+    assert stop.value.code == 2 and "--tune: " in capsys.readouterr().err
 
 
 def test_tuning_replaces_the_rows_of_one_card(card, routes):
@@ -441,16 +471,22 @@ def gpu_day(monkeypatch):
 
 def test_rehearsal(tmp_path):
     command = [sys.executable, "benchmarks/gpu_day.py", "--rehearse", "--out", tmp_path]
-    command += ["--steps", "numerics", "sanitizer", "tests", "tune"]
+    command += ["--steps", "numerics-cuda", "sanitizer", "tests", "tune"]
     run = subprocess.run(command, cwd=ROOT, env=WITHOUT_GPU, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["rehearsal"] and report["machine"]["device"] is None and report["machine"]["versions"]["torch"] == torch.__version__
     steps = report["steps"]
     assert [steps[name]["status"] for name in steps] == ["passed", "not run: no GPU", "not run: no GPU", "passed"]
-    assert all(row["verdict"] == "ok" for row in steps["numerics"]["result"]["rows"]) and steps["numerics"]["seconds"] > 0
+    assert all(row["verdict"] == "ok" for row in steps["numerics-cuda"]["result"]["rows"]) and steps["numerics-cuda"]["seconds"] > 0
     assert "nothing to choose between" in steps["tune"]["output_tail"]
     assert f"send back {tmp_path / 'report.json'}" in run.stdout
+
+
+def test_a_step_run_again_keeps_the_others(gpu_day, no_gpu, tmp_path):
+    assert gpu_day.main(["--rehearse", "--out", str(tmp_path), "--steps", "tests"]) == 0
+    assert gpu_day.main(["--rehearse", "--out", str(tmp_path), "--steps", "sanitizer"]) == 0
+    assert set(json.loads((tmp_path / "report.json").read_text())["steps"]) == {"tests", "sanitizer"}
 
 
 def test_benchmarks_of_the_rehearsal_exist(gpu_day, tmp_path):

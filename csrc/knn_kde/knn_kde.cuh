@@ -3,13 +3,11 @@
 // The answer is the first k bank rows in the order (f, index), where f is the squared distance by direct differences.
 // Four kernels find it for a chunk of queries:
 //   prepare  centres the queries
-//   filter   approximate keys from tensor-core tiles, each with a proven error bound; whatever may belong to the answer
-//   goes
-//            to the row's queue
+//   filter   approximate keys from tensor-core tiles, each with a proven error bound; whatever may belong to the
+//            answer goes to the row's queue
 //   finish   f of every queued candidate, the first k, density and score
 //   collect  rows whose queue was too small for what the bound lets through (tight clusters, ties). They take filter
-//   and
-//            finish once more with 3xTF32 keys, and if that fails too, finish computes f over the whole bank.
+//            and finish once more with 3xTF32 keys, and if that fails too, finish computes f over the whole bank.
 // So tiles, splits, chunks and bounds decide only how fast the answer comes, never what it is.
 #pragma once
 

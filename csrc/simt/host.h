@@ -33,7 +33,7 @@ struct Site { const char* file; int line; };
 // As last parameter: the call site, for reports and for telling two barriers apart.
 #define SIMT_HERE ::simt::Site where = {__builtin_FILE(), __builtin_LINE()}
 
-enum Order : int { kForward, kReverse, kRandom };  // in which warps, lanes and blocks take their turns
+enum Order : int { kForward, kReverse, kRandom };  // in which warps and lanes take their turns; blocks from either end
 struct Options {
   Order order = kForward;
   uint64_t seed = 0;

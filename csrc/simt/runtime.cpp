@@ -60,11 +60,7 @@ simt_switch:
 
 constexpr size_t kStack = SIMT_ASAN(4 *) 64 * 1024;
 
-struct Copy {  // a cp.async on its way
-  void* target;
-  int bytes, group;
-  char data[16];
-};
+struct Copy { void* target; int bytes, group; char data[16]; };  // a cp.async on its way
 
 struct Fiber {
   Context context;
@@ -82,10 +78,7 @@ struct Fiber {
   SIMT_TSAN_ONLY(void* tsan = nullptr;)
 };
 
-struct Shared {
-  std::unique_ptr<void, void (*)(void*)> memory{nullptr, std::free};
-  size_t bytes = 0;
-};
+struct Shared { std::unique_ptr<void, void (*)(void*)> memory{nullptr, std::free}; size_t bytes = 0; };
 
 std::mutex one_launch;
 std::string message;
@@ -168,8 +161,16 @@ void order(int first, int last, unsigned mask) {
 }
 
 void forget() {
-  for (void* fiber : live) __tsan_destroy_fiber(fiber);
-  live.clear();
+  for (; !live.empty(); live.pop_back()) __tsan_destroy_fiber(live.back());
+}
+
+void close() {  // a stream orders launches, threads that a failure left behind included; nothing orders the blocks of one
+  for (int i = 0; i < threads; ++i) {
+    if (!pool[i].done) __tsan_switch_to_fiber(pool[i].tsan, __tsan_switch_to_fiber_no_sync), __tsan_release(&finished);
+  }
+  __tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync);
+  __tsan_acquire(&finished);
+  message.empty() ? forget() : live.clear();  // to destroy a thread that is still unseen would be reported
 }
 #endif
 
@@ -209,9 +210,8 @@ Shared allocate(size_t bytes) {
 }
 
 int pick(unsigned lanes) {
-  if (options.order == kForward) return __builtin_ctz(lanes);
   if (options.order == kReverse) return 31 - __builtin_clz(lanes);
-  for (int skip = dice() % __builtin_popcount(lanes); skip > 0; --skip) lanes &= lanes - 1;
+  for (int skip = options.order == kRandom ? dice() % __builtin_popcount(lanes) : 0; skip > 0; --skip) lanes &= lanes - 1;
   return __builtin_ctz(lanes);
 }
 
@@ -265,8 +265,10 @@ void fail(const std::string& what) {
 void* shared_static(size_t bytes, size_t alignment, Site where) {
   SIMT_UNSEEN
   if (alignment > 128) fail("shared memory: alignment above 128");
+  if (bytes > 48 * 1024) fail("static shared memory: more than 48 KiB");
   Shared& shared = statics[{where.file, where.line}];
   if (!shared.memory) shared = allocate(bytes);
+  if (shared.bytes != bytes) fail(text("static shared memory of two types at ", where));
   return shared.memory.get();
 }
 
@@ -339,6 +341,7 @@ int barrier(int predicate, int (*fold)(int, int), const char* name, Site where) 
 
 cudaError_t run(const void* kernel, void* const* params, dim3 grid, dim3 block, size_t smem, void (*thread)(void*),
                 void* context) {
+  if (current) fail("launch: inside a kernel");
   const std::lock_guard<std::mutex> lock(one_launch);
   message.clear();
   const uint64_t count = uint64_t{block.x} * block.y * block.z;
@@ -376,7 +379,7 @@ cudaError_t run(const void* kernel, void* const* params, dim3 grid, dim3 block, 
     alive = threads, arrived = 0;
     run_block();
   }
-  SIMT_TSAN_ONLY(__tsan_acquire(&finished); if (message.empty()) forget();)  // what a stream orders; nothing orders blocks
+  SIMT_TSAN_ONLY(close();)
   return message.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

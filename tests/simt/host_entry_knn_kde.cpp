@@ -50,6 +50,12 @@ extern "C" int64_t knn_kde_scratch(const int64_t* sizes) {
   return plan_of(sizes).carve(nullptr, static_cast<int>(sizes[2]), w);
 }
 
+// cross, self, query, tiny
+extern "C" void knn_kde_error_bound(int d, int terms, float* bound) {
+  const ErrorBound e = error_bound(d, terms);
+  bound[0] = e.cross, bound[1] = e.self, bound[2] = e.query, bound[3] = e.tiny;
+}
+
 extern "C" int knn_kde_run(int dtype, void* const* arrays, const int64_t* sizes, int64_t* paths) {
   switch (dtype) {
     case 0: return solve<float>(arrays, sizes, paths);

@@ -24,6 +24,11 @@ enum Bug : int {
   kTooLittleShared,      // the launch asks for fewer bytes than the struct has
   kUninitialisedShared,  // a counter that nobody set to zero
   kMissingSyncwarp,      // one lane reads what another wrote, with no more than the warp's habit of keeping step
+  kShuffleForSyncwarp,   // a shuffle lets the lanes meet, but orders none of their writes
+  kHalfSyncwarp,         // a half of the warp reads what the other wrote, each after a __syncwarp of its own
+  kSyncwarpForBarrier,   // __syncwarp where another warp's writes are read
+  kWaitAfterBarrier,     // the copies land after the barrier that should have told of them
+  kSourceOverwritten,    // one thread writes what another copies from
   kMissingFence,         // the last block reads what others wrote without a __threadfence in between
   kBugs
 };
@@ -67,12 +72,15 @@ __global__ void __launch_bounds__(kThreads) kernel(Params p) {
   float sum = 0.0f;
   int positive = 0, buffer = 0;
   fetch(blockIdx.x, 0);
+  // x[5][3] is zero: nothing changes but that two threads were at it
+  if (PLANTED(kSourceOverwritten) && tid == kThreads - 1) const_cast<float*>(p.x)[5 * kColumns + 3] = 0.0f;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
     fetch(tile + gridDim.x, buffer ^ 1);
+    if constexpr (PLANTED(kWaitAfterBarrier)) __syncthreads();
     if constexpr (!PLANTED(kMissingWait)) ptx::cp_async_wait<1>();
     if constexpr (PLANTED(kDivergentBarrier)) {
       if (warp == 0) __syncthreads();
-    } else if constexpr (!PLANTED(kWaitWithoutBarrier)) {
+    } else if constexpr (!PLANTED(kWaitWithoutBarrier) && !PLANTED(kWaitAfterBarrier)) {
       __syncthreads();
     }
     for (int row = tid / kColumns; row < kRows; row += kThreads / kColumns) {
@@ -97,7 +105,11 @@ __global__ void __launch_bounds__(kThreads) kernel(Params p) {
     atomicAdd(&sm.positive, positive);
   }
   if constexpr (PLANTED(kSharedOutOfBounds)) (&sm.last)[1 + tid] = 0;
-  if constexpr (!PLANTED(kMissingBarrierRaw)) __syncthreads();
+  if constexpr (PLANTED(kSyncwarpForBarrier)) {
+    __syncwarp();
+  } else if constexpr (!PLANTED(kMissingBarrierRaw)) {
+    __syncthreads();
+  }
 
   if (tid < kColumns) p.sums[blockIdx.x * kColumns + tid] = sm.partial[0][tid] + sm.partial[1][tid];
   if (tid == 0) atomicAdd(p.positive, sm.positive);
@@ -106,11 +118,18 @@ __global__ void __launch_bounds__(kThreads) kernel(Params p) {
   if (tid == 0) sm.last = atomicAdd(p.done, 1) == static_cast<int>(gridDim.x) - 1;
   __syncthreads();
   if (sm.last && warp == 0) {
-    if (lane == 0) {
+    if (lane == (PLANTED(kHalfSyncwarp) ? 31 : 0)) {
       const float4 bias = *reinterpret_cast<const float4*>(p.bias + (PLANTED(kMisalignedVector) ? 1 : 0));
       sm.shift[0] = bias.x, sm.shift[1] = bias.y, sm.shift[2] = bias.z, sm.shift[3] = bias.w;
     }
-    if constexpr (!PLANTED(kMissingSyncwarp)) __syncwarp();
+    if constexpr (PLANTED(kShuffleForSyncwarp)) {
+      (void)__shfl_sync(0xffffffffu, lane, 0);
+    } else if constexpr (PLANTED(kHalfSyncwarp)) {
+      if (lane < 16) __syncwarp(0x0000ffffu);
+      else __syncwarp(0xffff0000u);
+    } else if constexpr (!PLANTED(kMissingSyncwarp)) {
+      __syncwarp();
+    }
     if (lane < kColumns) {
       float all = sm.shift[0] + sm.shift[1] + sm.shift[2] + sm.shift[3];
       for (unsigned b = 0; b < gridDim.x; ++b) all += p.sums[b * kColumns + lane];

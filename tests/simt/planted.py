@@ -33,6 +33,7 @@ ROWS, COLUMNS, BLOCKS = 37, 16, 2  # three tiles, the last one ragged, for two b
 def arrays() -> list[np.ndarray]:
     """x, bias, and room for sums, total, positive, done. Small integers: every order of summation gives the same bits."""
     x = np.random.default_rng(0).integers(-9, 10, size=(ROWS, COLUMNS)).astype(np.float32)
+    x[5, 3] = 0  # which one of the bugs writes again
     bias = np.array([1, 2, 3, 4, 5], np.float32)
     return [x, bias, np.zeros((BLOCKS, COLUMNS), np.float32), np.zeros(COLUMNS, np.float32), np.zeros(1, np.int32), np.zeros(1, np.int32)]
 
@@ -69,10 +70,13 @@ def verdict(library: ctypes.CDLL, bug: int, schedule: tuple[str, int]) -> str:
         status = os.waitpid(child, 0)[1]
         output.seek(0)
         text = output.read().decode(errors="replace")
+    said = re.search(r"^verdict: (.*)$", text, re.MULTILINE)[1] if status == 0 else f"signal {os.WTERMSIG(status)}"
+    if status == 0 and said not in ("", "wrong numbers"):
+        return said  # the runtime's own words: a launch that it ended is none to look for races in
     for pattern in (r"ThreadSanitizer: (data race)", r"ERROR: AddressSanitizer: ([\w-]+)", r"runtime error: (.*?)(?:,| for|$)"):
         if found := re.search(pattern, text, re.MULTILINE):
             return found[1]
-    return text.rpartition("verdict: ")[2].strip() if status == 0 else f"signal {os.WTERMSIG(status)}"
+    return said
 
 
 def verdicts(flavour: str, library: ctypes.CDLL) -> dict[str, dict[str, str]]:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -53,6 +54,8 @@ def cuda_include() -> Path | None:
 
 def missing() -> str | None:
     """Why the executor can't be built here, or None."""
+    if platform.machine() != "x86_64":
+        return "needs an x86-64 processor: the fibers are switched by its assembly"
     if shutil.which("g++") is None:
         return "needs g++"
     if cuda_include() is None:
@@ -66,7 +69,7 @@ def build(entry: str, flavour: str = "plain", tests: Path = HERE, csrc: Path = R
     command = ["g++", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-fPIC", *common, f"-isystem{cuda_include()}", f"-I{csrc / 'simt'}"]
     command += [f"-I{csrc}"]
     sources = {tests / entry: for_kernels, csrc / "simt" / "runtime.cpp": for_runtime}
-    parts = [*sources, *sorted(tests.glob("*.cuh")), *sorted(csrc.rglob("*.cuh")), *sorted((csrc / "simt").glob("*.h"))]
+    parts = [*sources, *sorted(tests.glob("*.cuh")), *(path for path in sorted(csrc.rglob("*.*")) if path.suffix in (".cuh", ".h"))]
     digest = hashlib.sha256(repr((command, for_kernels)).encode() + b"".join(p.read_bytes() for p in parts)).hexdigest()[:16]
     cache = Path(os.environ.get("LTKERNELS_SIMT_CACHE", Path(tempfile.gettempdir()) / f"ltkernels-simt-{os.getuid()}"))
     cache.mkdir(parents=True, exist_ok=True)
@@ -117,18 +120,25 @@ def python(flavour: str, *arguments: str | Path) -> subprocess.CompletedProcess:
     ]
     environment = {
         **os.environ,
-        "LD_PRELOAD": " ".join(paths),
         "ASAN_OPTIONS": "detect_leaks=0",
         "TSAN_OPTIONS": "exitcode=0 report_thread_leaks=0 history_size=7",
         "OPENBLAS_NUM_THREADS": "1",  # its threads would be ThreadSanitizer's business
     }
-    command = [sys.executable, *arguments]
-    if flavour == "tsan" and shutil.which("setarch"):  # it wants its shadow where address-space randomisation may put the process
-        command = ["setarch", os.uname().machine, "-R", *command]
-    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
-    if "FATAL: ThreadSanitizer" in done.stderr and "ThreadSanitizer: data race" not in done.stderr:
-        raise SanitizerBroken(f"ThreadSanitizer does not start on this machine, which says nothing of the kernels: {done.stderr.strip()}")
+    command = ["env", f"LD_PRELOAD={' '.join(paths)}", sys.executable, *arguments]  # for Python alone: setarch could not start with it
+    if flavour == "tsan" and fixed_addresses():
+        command = ["setarch", platform.machine(), "-R", *command]
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600)
+    silent = not any(word in done.stderr for word in ("WARNING: ThreadSanitizer", "ERROR: AddressSanitizer", "runtime error"))
+    if silent and flavour != "plain" and ("FATAL: " in done.stderr or done.returncode < 0):
+        why = done.stderr.strip() or f"signal {-done.returncode}"
+        raise SanitizerBroken(f"the sanitizers of {flavour} do not run on this machine, which says nothing of the kernels: {why}")
     return done
+
+
+@functools.cache
+def fixed_addresses() -> bool:
+    """Whether address-space randomisation can be left out here: ThreadSanitizer wants its shadow where it may put the process."""
+    return shutil.which("setarch") is not None and subprocess.run(["setarch", platform.machine(), "-R", "true"]).returncode == 0
 
 
 def assert_clean(done: subprocess.CompletedProcess) -> None:
