@@ -161,8 +161,8 @@ class CLUDIConfig(RunConfig):
     # Features: what every method of the table clusters.
     features: Literal["encoder", "pixels"] = ours("encoder")
     """of images: latents of DGD's encoder after its stage 1, or the pixels; feature files are taken as they are"""
-    feature_norm: Literal["standard", "l2", "none"] = code("l2", paper="none")
-    """of a feature vector: mean 0 and variance 1 per coordinate; norm sqrt(n) (the released code has 1; noise is scaled alike); as it is"""
+    feature_norm: Literal["standard-l2", "standard", "l2", "none"] = ours("standard-l2", paper="none", code="l2")
+    """of a feature vector: mean 0 and variance 1 per coordinate, norm sqrt(n) (the released code has 1; noise is scaled alike), or both"""
     feature_width: int | None = ours(None, ge=1)  # refuse a feature file of another width
     encoder_epochs: int = ours(50, ge=0)  # of DGD's stage 1
     latent_dim: int = ours(32, ge=1)  # width of the encoder's latents
@@ -172,10 +172,10 @@ class CLUDIConfig(RunConfig):
     embedding_dim: int | None = paper(None, code=64, ge=2)  # d; default: 32 below 100 clusters, else 64
     timesteps: int = paper(1000, ge=1)  # T
     sqrt_mode: Literal["paper", "betas"] = code("betas", paper="paper")  # Eq. 12 as printed, or through clipped betas (L1)
-    noise_scale_f2: float = paper(25.0, gt=0)  # F^2 of Eq. 6, 7, 15, a variance (L3)
+    noise_scale_f2: float = ours(100.0, paper=25.0, gt=0)  # F^2 of Eq. 6, 7, 15, a variance (L3)
     noise_std: float | None = paper(None, code=49.0, gt=0)  # F; when given it replaces --noise-scale-f2 (L3)
-    replicas: int = ours(4, code=8, ge=1)  # B: assignments of each row in a step of training
-    teacher_steps: int = paper(25, ge=1)  # S
+    replicas: int = ours(2, code=8, ge=1)  # B: assignments of each row in a step of training
+    teacher_steps: int = ours(6, paper=25, ge=1)  # S
     clip_z0: bool = paper(False, code=True)  # the teacher's predicted z_0 is clamped to +-1 (L10)
 
     # The network.
@@ -211,11 +211,10 @@ class CLUDIConfig(RunConfig):
     class_prior: str = paper("uniform")  # p(k): uniform, empirical (the classes' shares), or K numbers with commas (L14)
 
     # Optimisation: AdamW(.9, .98).
-    steps: int | None = ours(400, code=None, ge=1)  # of training; none: as many as --epochs make
+    steps: int | None = ours(160, code=None, ge=1)  # of training; none: as many as --epochs make
     epochs: int = code(200, ge=0)
-    restarts: int = ours(6, code=1, ge=1)
-    """networks that learn for --restart-steps; the one of the lowest class loss, which takes no label, goes on (k-means has 10 inits)"""
-    restart_steps: int = ours(80, ge=1)
+    restarts: int = ours(8, code=1, ge=1)
+    """networks that learn one after another; the one of the lowest class loss, which takes no label, answers (k-means has 10 inits)"""
     batch_size: int = code(256, ge=2)
     lr: float = ours(1e-3, code=1e-4, gt=0)
     min_lr: float = code(1e-6, ge=0)  # at the end of the cosine
@@ -224,7 +223,7 @@ class CLUDIConfig(RunConfig):
     clip: float = code(4.0, gt=0)  # of the gradient's norm, for every parameter by itself
 
     # Evaluation, after the last step only (L13), with the trained weights (L12).
-    eval_steps: int = ours(25, paper=100, code=50, ge=1)  # reverse steps
+    eval_steps: int = ours(6, paper=100, code=50, ge=1)  # reverse steps
     eval_samples: int = ours(16, code=64, ge=1)  # assignments averaged
     avg: Literal["probs", "logits"] = paper("probs", code="logits")  # what is averaged (L11)
 
@@ -372,7 +371,7 @@ DGD_PRESETS = {
 }
 CLUDI_PRESETS = {
     "default": CLUDIConfig(),
-    "short": CLUDIConfig(encoder_epochs=8, steps=60, restarts=2, restart_steps=20, eval_samples=4, baseline_steps=60),
+    "short": CLUDIConfig(encoder_epochs=8, steps=60, restarts=2, eval_samples=4, baseline_steps=60),
     "cludi-paper": as_in("paper", CLUDIConfig),
     "cludi-code": as_in("code", CLUDIConfig),
 }

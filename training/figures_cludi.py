@@ -29,20 +29,22 @@ PARTS = {  # part: what it changes
     "digits-lt-empirical": {"dataset": "digits-lt", "class_prior": "empirical", "baselines": False},
 }
 SWEEP_SEEDS = 2  # of the first seeds: a sweep shows a trend, the tables compare methods
-SWEEPS = {"noise_scale_f2": (1.0, 4.0, 25.0, 100.0), "embedding_dim": (8, 16, 32, 64)}
+SWEEPS = {"noise_scale_f2": (4.0, 25.0, 400.0), "embedding_dim": (8, 64)}  # beside the settings' own
 
 
 def figures(settings: CLUDIConfig, preset: CLUDIConfig, seeds: Sequence[int], folder: Path) -> str:
     """Run what is missing and write figures.json, figures.md and the pictures; returns the tables as markdown."""
     jobs = [(part, seed, change) for seed in seeds for part, change in PARTS.items()]
-    for seed in seeds[:SWEEP_SEEDS]:
+    for seed in list(seeds)[:SWEEP_SEEDS]:
+        common = {**PARTS["digits"], "baselines": False, "noise_std": None}
         for option, values in SWEEPS.items():
-            jobs += [(f"{option}-{value:g}", seed, {**PARTS["digits"], "baselines": False, option: value}) for value in values]
+            jobs += [(f"{option}-{value:g}", seed, {**common, option: value}) for value in values]
     results: dict[str, dict[int, dict]] = {}
     with tqdm(jobs, desc="figures", disable=not settings.progress) as bar:
         for part, seed, change in bar:
             bar.set_postfix_str(f"{part}, seed {seed}")
-            results.setdefault(part, {})[seed] = job(dataclasses.replace(settings, seed=seed, **change), preset, folder / f"{part}-{seed}")
+            one = dataclasses.replace(settings, seed=seed, **change)
+            results.setdefault(part, {})[seed] = job(one, preset, folder / f"{part}-{seed}", folder / f"{change['dataset']}-{seed}")
     summary = summarise(results, settings, list(seeds))
     checkpoint.write_json(folder / "figures.json", summary)
     text = markdown(summary)
@@ -52,12 +54,12 @@ def figures(settings: CLUDIConfig, preset: CLUDIConfig, seeds: Sequence[int], fo
     return text
 
 
-def job(settings: CLUDIConfig, preset: CLUDIConfig, out: Path) -> dict:
-    """metrics.json of one run, from the disk if it is there."""
+def job(settings: CLUDIConfig, preset: CLUDIConfig, out: Path, first: Path) -> dict:
+    """metrics.json of one run, from the disk if it is there; `first` is the run whose trained encoder serves all of its data and seed."""
     settings = dataclasses.replace(settings, out=str(out), resume=(out / "config.json").exists())
     finished = out / "metrics.json"
     if not finished.exists():
-        return cludi(settings, preset)
+        return cludi(settings, preset, None if out == first else first)
     changed = config.differences(config.read(out / "config.json", CLUDIConfig), settings)
     if changed:
         raise ValueError(f"figures cludi: {out} was made with other settings ({'; '.join(changed)}); give another --out")
@@ -76,9 +78,11 @@ def summarise(results: dict[str, dict[int, dict]], settings: CLUDIConfig, seeds:
         tables[part]["CLUDI"] = values(runs[part])
     tables["digits-lt"]["CLUDI, uniform prior"] = tables["digits-lt"].pop("CLUDI")
     tables["digits-lt"]["CLUDI, empirical prior"] = values(runs["digits-lt-empirical"])
-    sweeps = {
-        option: {f"{value:g}": [run["acc"] for run in runs[f"{option}-{value:g}"]] for value in own} for option, own in SWEEPS.items()
-    }
+    own = {"noise_scale_f2": settings.std**2, "embedding_dim": settings.embedding_dim or 32}  # of ten clusters
+    sweeps = {}
+    for option, others in SWEEPS.items():
+        points = {value: runs[f"{option}-{value:g}"] for value in others} | {own[option]: runs["digits"][:SWEEP_SEEDS]}
+        sweeps[option] = {f"{value:g}": [run["acc"] for run in points[value]] for value in sorted(points)}
     samples = [run["samples"] for run in runs["digits"]]
     means = {name: [[sum(row) / len(row) for row in rows] for rows in zip(*(one[name] for one in samples), strict=True)]
              for name in ("clean", "augmented")}  # fmt: skip

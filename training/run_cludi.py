@@ -25,8 +25,8 @@ from .runfolder import check_clusters, load_rows, open_folder
 from .views import perturb_features
 
 
-def cludi(settings: CLUDIConfig, preset: CLUDIConfig) -> dict:
-    """Train, evaluate and write everything; returns what metrics.json holds."""
+def cludi(settings: CLUDIConfig, preset: CLUDIConfig, encoder_from: Path | None = None) -> dict:
+    """Train, evaluate and write everything; returns what metrics.json holds. encoder_from: a run of the same data, seed and encoder."""
     began = time.perf_counter()
     rows = load_rows(settings, settings.feature_width)
     check_clusters("cludi", settings, rows.train)
@@ -34,11 +34,13 @@ def cludi(settings: CLUDIConfig, preset: CLUDIConfig) -> dict:
     prior = class_prior(settings, rows.train, clusters).to(settings.device)
     extractor = Features(rows.train, settings)
     folder = open_folder("cludi", settings, preset, rows.train)  # last of what can go wrong: a wrong call leaves no folder behind
+    if encoder_from is not None:
+        checkpoint.borrow(encoder_from, folder, Pretrain.name)
     step = {"seed": settings.seed, "checkpoint_every": settings.checkpoint_every, "progress": settings.progress}
 
     x = extractor.fit(folder, step)
     new = None if rows.held is None else extractor(rows.held.data.to(settings.device))
-    method, net = learn(x, clusters, settings, prior, folder, step)
+    method, net, restarts = learn(x, clusters, settings, prior, folder, step)
     logits, embedding = method.assign(net, x, generator(settings.seed, "evaluate", device=x.device))
     label = method.probabilities(logits).argmax(1).cpu().numpy()
     sizes = np.bincount(label, minlength=clusters)
@@ -59,6 +61,7 @@ def cludi(settings: CLUDIConfig, preset: CLUDIConfig) -> dict:
         "features": extractor.description,
         "class_prior": settings.class_prior,
         "smallest_cluster_share": float(sizes.min() / len(label) * clusters),  # of a uniform share
+        "restarts": restarts,
         "samples": averaging(method, net, x, logits, rows.train.labels, settings),
         "baselines": table,
     }
@@ -94,11 +97,11 @@ class Features:
         return self(self.x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        raw = self.raw(x)
-        if self.settings.feature_norm == "standard":
-            return (raw - self.mean) / self.scale
+        norm, x = self.settings.feature_norm, self.raw(x)
+        if norm.startswith("standard"):
+            x = (x - self.mean) / self.scale
         # Unit mean square, not unit length: only the noise of --augment gaussian, given per coordinate, could tell the two apart.
-        return F.normalize(raw, dim=1) * math.sqrt(raw.shape[1]) if self.settings.feature_norm == "l2" else raw
+        return F.normalize(x, dim=1) * math.sqrt(x.shape[1]) if norm.endswith("l2") else x
 
     @torch.no_grad()
     def raw(self, x: Tensor) -> Tensor:
@@ -128,23 +131,26 @@ def dgd_settings(settings: CLUDIConfig, **more) -> DGDConfig:
     return DGDConfig(**shared, **more)
 
 
-def learn(x: Tensor, clusters: int, settings: CLUDIConfig, prior: Tensor, folder: Path, step: dict) -> tuple[CLUDI, AssignmentNet]:
-    """Train the most promising one of --restarts networks to the end: a bad start merges two classes for good."""
-    method, trials = CLUDI(settings, prior), [build_modules(x, clusters, settings, i) for i in range(settings.restarts)]
-    if len(trials) > 1:
-        for i, modules in enumerate(trials):
-            train(Distil(x, modules, settings, prior, f"trial-{i}", settings.restart_steps), folder, **step)
-        draw = lambda: generator(settings.seed, "evaluate", "trial", device=x.device)  # noqa: E731  the same noise for every one
-        trials.sort(key=lambda modules: method.score(modules["net"], x, draw()))
-    train(Distil(x, trials[0], settings, prior), folder, **step)
-    return method, trials[0]["net"]
+def learn(
+    x: Tensor, clusters: int, settings: CLUDIConfig, prior: Tensor, folder: Path, step: dict
+) -> tuple[CLUDI, AssignmentNet, dict[str, object]]:
+    """The method, the best of --restarts networks, and what told it from the others: a bad start merges two classes for good."""
+    method, nets = CLUDI(settings, prior), []
+    for i in range(settings.restarts):
+        modules = build_modules(x, clusters, settings, i)
+        train(Distil(x, modules, settings, prior, f"distil-{i}"), folder, **step)
+        nets.append(modules["net"])
+    draw = lambda: generator(settings.seed, "evaluate", "restarts", device=x.device)  # noqa: E731  the same noise for every one
+    scores = [method.score(net, x, draw()) for net in nets]
+    best = scores.index(min(scores))
+    return method, nets[best], {"class_loss": scores, "chosen": best}
 
 
-def build_modules(x: Tensor, clusters: int, settings: CLUDIConfig, trial: int = 0) -> dict[str, nn.Module]:
-    """A freshly initialised network: a function of (seed, trial)."""
+def build_modules(x: Tensor, clusters: int, settings: CLUDIConfig, restart: int = 0) -> dict[str, nn.Module]:
+    """A freshly initialised network: a function of (seed, restart)."""
     dim = settings.embedding_dim or (32 if clusters < 100 else 64)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(settings.seed, "network", trial).initial_seed())
+        torch.manual_seed(generator(settings.seed, "network", restart).initial_seed())
         net = AssignmentNet(x.shape[1], dim, clusters, settings.timesteps, settings.width, settings.depth, settings.embed_trainable)
     return {"net": net.to(x.device)}
 
@@ -209,6 +215,7 @@ def draw(folder: Path, embedding: Tensor, label: np.ndarray, dataset: data.Datas
     plots.assignments(folder / "embedding.png", embedding, label, dataset.labels, seed=settings.seed)
     plots.confusion(folder / "confusion.png", label, dataset.labels)
     plots.averaging(folder / "averaging.png", report["samples"])
-    rows = [row for row in read_log(folder / "log.jsonl") if row["stage"] == "distil"]
+    stage = f"distil-{report['restarts']['chosen']}"
+    rows = [row for row in read_log(folder / "log.jsonl") if row["stage"] == stage]
     if rows:
         plots.loss_curves(folder / "losses.png", rows, ["loss", "loss_dif", "loss_cls"])

@@ -328,7 +328,7 @@ def gaussians(seed, n=320, k=4, d=8):
 
 def quick(**more):
     settings = {
-        "steps": 60, "restarts": 3, "restart_steps": 30, "batch_size": 160, "replicas": 2, "width": 64,
+        "steps": 60, "restarts": 4, "batch_size": 160, "replicas": 2, "width": 64,
         "teacher_steps": 6, "eval_steps": 6, "eval_samples": 4,
     }  # fmt: skip
     return CLUDIConfig(**{**settings, "progress": False, **more})
@@ -337,7 +337,7 @@ def quick(**more):
 def learn(x, clusters, settings, folder):
     """(network, clusters) as a run makes them."""
     step = {"seed": settings.seed, "checkpoint_every": 1000, "progress": False}
-    method, net = run_cludi.learn(x, clusters, settings, torch.full((clusters,), 1 / clusters), folder, step)
+    method, net, _ = run_cludi.learn(x, clusters, settings, torch.full((clusters,), 1 / clusters), folder, step)
     logits, _ = method.assign(net, x, generator(settings.seed, "evaluate"))
     return net, method.probabilities(logits).argmax(1)
 
@@ -405,7 +405,7 @@ def file(tmp_path_factory):
 
 
 TINY = (
-    "--no-progress --steps 12 --restarts 2 --restart-steps 4 --batch-size 32 --replicas 2 --width 16 --teacher-steps 3 "
+    "--no-progress --steps 12 --restarts 2 --batch-size 32 --replicas 2 --width 16 --teacher-steps 3 "
     "--eval-steps 3 --eval-samples 2"
 ).split()
 

@@ -158,12 +158,10 @@ class CLUDI:
 class Distil(Stage):
     """Teacher and student learn from each other; AdamW and clipping as in the released code."""
 
-    def __init__(
-        self, x: Tensor, modules: dict[str, nn.Module], config: CLUDIConfig, prior: Tensor, name: str = "distil", steps: int | None = None
-    ):
+    def __init__(self, x: Tensor, modules: dict[str, nn.Module], config: CLUDIConfig, prior: Tensor, name: str = "distil"):
         self.x, self.modules, self.config, self.cache, self.method, self.name = x, modules, config, {}, CLUDI(config, prior), name
         self.lr, self.epoch = {"net": config.lr}, batches_per_epoch(len(x), config.batch_size)
-        self.steps = steps or config.steps or config.epochs * self.epoch
+        self.steps = config.steps or config.epochs * self.epoch
 
     def loss(self, step, rng):
         rows = batch_rows(len(self.x), self.config.batch_size, step, self.config.seed, self.name)
