@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from test_config import refused
 
-from training import config, heads, loop, metrics, run_cludi
+from training import checkpoint, config, data, figures_cludi, heads, loop, metrics, run_cludi
 from training.__main__ import main
 from training.config import CLUDI_PRESETS, CLUDIConfig
 from training.diffusion import SqrtDiffusion
@@ -20,6 +20,7 @@ from training.loop import generator, train
 from training.methods import cludi
 from training.methods.cludi import CLUDI, class_loss, class_targets, log_predictions, snr_weight
 from training.networks import AssignmentNet
+from training.runfolder import load_rows
 from training.views import perturb_features
 
 UNIFORM = torch.full((10,), 0.1, dtype=torch.float64).log()
@@ -124,7 +125,7 @@ def test_the_teachers_logits_are_eq_14_or_those_of_the_denoised_embedding():
     for kind in ("paper", "direct"):
         method = CLUDI(CLUDIConfig(teacher_logits=kind, teacher_steps=3), torch.full((10,), 0.1))
         ends[kind] = method.teach(net, x, torch.Generator().manual_seed(0))
-        denoised = method.denoise(net, x, 4, 3, torch.Generator().manual_seed(0))
+        denoised = method.denoise(net, x, method.config.replicas, 3, torch.Generator().manual_seed(0))
     torch.testing.assert_close(ends["direct"][1], net.head(denoised))
     torch.testing.assert_close(ends["paper"][1], net.head(ends["paper"][0]))
     torch.testing.assert_close(ends["direct"][0], net.embed((net.head(denoised) / 0.1).softmax(-1)))
@@ -387,7 +388,7 @@ def test_the_score_that_chooses_among_starts_takes_no_label_and_prefers_the_bett
 @pytest.mark.parametrize("kind", heads.HEADS)
 def test_the_rivals_find_separated_gaussians(tmp_path, kind):
     x, label = gaussians(0)
-    head = kind(x, 4, quick(baseline_steps=120))
+    head = kind(x, 4, quick(baseline_steps=300))
     train(head, tmp_path, seed=0, progress=False)
     assert metrics.clustering_accuracy(head.labels(x), label) > 0.9, kind.name
 
@@ -451,9 +452,47 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_bits(file, tmp_path, monke
     assert loop.read_log(tmp_path / "whole" / "log.jsonl") == loop.read_log(tmp_path / "cut" / "log.jsonl")
 
 
-def test_class_priors(file):
-    from training.runfolder import load_rows
+def test_features_of_images_and_their_norms(tmp_path):
+    step = {"seed": 0, "checkpoint_every": 1000, "progress": False}
+    rows = data.load("digits").subset(torch.arange(200))
+    settings = CLUDIConfig(dataset="digits", features="pixels", feature_norm="standard")
+    extractor = run_cludi.Features(rows, settings)
+    x = extractor.fit(tmp_path, step)
+    assert x.shape == (200, 64) and extractor.description == "pixels, standard norm, d = 64"
+    moving = rows.images.flatten(1).std(0) > 0
+    torch.testing.assert_close(x.mean(0), torch.zeros(64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std(0), moving.float(), atol=1e-4, rtol=0)  # pixels that never change are 0, not NaN
+    assert torch.equal(extractor(rows.images[:9]), x[:9])  # unseen rows take the training rows' statistics
+    for norm, raw in (("l2", rows.images.flatten(1)), ("standard-l2", x)):
+        extractor = run_cludi.Features(rows, dataclasses.replace(settings, feature_norm=norm))
+        torch.testing.assert_close(extractor.fit(tmp_path, step), 8 * F.normalize(raw, dim=1))
+    extractor = run_cludi.Features(rows, dataclasses.replace(settings, features="encoder", encoder_epochs=1, latent_dim=5))
+    assert extractor.fit(tmp_path, step).shape == (200, 5) and checkpoint.latest(tmp_path, "pretrain") == 2
 
+
+def test_figures_run_what_is_missing_and_share_the_encoder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures_cludi, "SWEEPS", {"noise_scale_f2": (4.0,), "embedding_dim": (8,)})
+    (tmp_path / "rows.json").write_text(json.dumps(list(range(100))))
+    options = f"--encoder-epochs 1 --steps 2 --restarts 1 --baseline-steps 2 --seeds 5 --indices {tmp_path / 'rows.json'}"
+    command = ["figures", "cludi", *TINY, *options.split(), "--out", str(tmp_path)]
+    assert main(command) == 0
+    summary = json.loads((tmp_path / "figures.json").read_text())
+    assert set(summary["tables"]["digits"]) == {*figures_cludi.NAMES.values(), "CLUDI"}
+    assert {"CLUDI, uniform prior", "CLUDI, empirical prior"} <= set(summary["tables"]["digits-lt"])
+    assert set(summary["sweeps"]["noise_scale_f2"]) == {"4", "100"} and set(summary["sweeps"]["embedding_dim"]) == {"8", "32"}
+    assert {"comparison-digits.png", "comparison-digits-lt.png", "averaging.png", "sweeps.png"} <= {p.name for p in tmp_path.iterdir()}
+    encoders = {p.read_bytes() for p in tmp_path.glob("*/weights/pretrain-*.safetensors") if not p.parts[-3].startswith("digits-lt")}
+    assert len(encoders) == 1 and len(list(tmp_path.glob("*/metrics.json"))) == 5
+    text = capsys.readouterr().out
+    assert "| CLUDI, empirical prior | " in text and text == (tmp_path / "figures.md").read_text() + "\n"
+
+    monkeypatch.setattr(figures_cludi, "cludi", None)  # nothing is run again
+    assert main(command) == 0
+    assert main([*command, "--tau", "0.2"]) == 2
+    assert "was made with other settings (tau: 0.1 != 0.2)" in capsys.readouterr().err
+
+
+def test_class_priors(file):
     rows = load_rows(CLUDIConfig(dataset="digits-lt")).train
     prior = lambda text, clusters=10: run_cludi.class_prior(CLUDIConfig(class_prior=text), rows, clusters)  # noqa: E731
     torch.testing.assert_close(prior("empirical"), torch.tensor(rows.counts) / 707)
@@ -468,8 +507,7 @@ WRONG = {
     "--noise-std nan": "config: noise_std must be finite; got nan",
     "--replicas 0": "config: replicas must be >= 1; got 0",
     "--teacher-steps 1001": "config: teacher_steps must be <= timesteps=1000; got 1001",
-    "--eval-steps 60 --timesteps 50": "config: teacher_steps must be <= timesteps=50" if CLUDIConfig().teacher_steps > 50
-    else "config: eval_steps must be <= timesteps=50; got 60",
+    "--eval-steps 60 --timesteps 50": "config: eval_steps must be <= timesteps=50; got 60",
     "--aug-noise-min 0.5": "config: aug_noise_min must be <= aug_noise_max=0.3; got 0.5",
     "--aug-drop-max 1": "config: aug_drop_max must be < 1; got 1.0",
     "--self-conditioning 1.5": "config: self_conditioning must be <= 1; got 1.5",
