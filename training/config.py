@@ -175,11 +175,11 @@ class CLUDIConfig(RunConfig):
     noise_scale_f2: float = ours(100.0, paper=25.0, gt=0)  # F^2 of Eq. 6, 7, 15, a variance (L3)
     noise_std: float | None = paper(None, code=49.0, gt=0)  # F; when given it replaces --noise-scale-f2 (L3)
     replicas: int = ours(2, code=8, ge=1)  # B: assignments of each row in a step of training
-    teacher_steps: int = ours(6, paper=25, ge=1)  # S
+    teacher_steps: int = ours(4, paper=25, ge=1)  # S
     clip_z0: bool = paper(False, code=True)  # the teacher's predicted z_0 is clamped to +-1 (L10)
 
     # The network.
-    width: int = ours(128, code=384, ge=2)  # of the features' part; the assignment has half of it
+    width: int = ours(96, code=384, ge=2)  # of the features' part; the assignment has half of it
     depth: int = ours(3, code=5, ge=1)  # layers on both parts together
     dropout: float = code(0.15, ge=0, lt=1)  # on the features' part, student only
     self_conditioning: float = code(0.5, ge=0)  # probability that the student sees its own first guess; 0: never, teacher included
@@ -213,7 +213,7 @@ class CLUDIConfig(RunConfig):
     # Optimisation: AdamW(.9, .98).
     steps: int | None = ours(160, code=None, ge=1)  # of training; none: as many as --epochs make
     epochs: int = code(200, ge=0)
-    restarts: int = ours(8, code=1, ge=1)
+    restarts: int = ours(12, code=1, ge=1)
     """networks that learn one after another; the one of the lowest class loss, which takes no label, answers (k-means has 10 inits)"""
     batch_size: int = code(256, ge=2)
     lr: float = ours(1e-3, code=1e-4, gt=0)
@@ -223,13 +223,13 @@ class CLUDIConfig(RunConfig):
     clip: float = code(4.0, gt=0)  # of the gradient's norm, for every parameter by itself
 
     # Evaluation, after the last step only (L13), with the trained weights (L12).
-    eval_steps: int = ours(6, paper=100, code=50, ge=1)  # reverse steps
+    eval_steps: int = ours(4, paper=100, code=50, ge=1)  # reverse steps
     eval_samples: int = ours(16, code=64, ge=1)  # assignments averaged
     avg: Literal["probs", "logits"] = paper("probs", code="logits")  # what is averaged (L11)
 
     # The comparisons.
     baselines: bool = runtime(True)  # train and score the other methods on the same features
-    baseline_steps: int = ours(600, ge=1)  # of the Self-Classifier, SCAN, CC and TEMI heads and, at least, of DGD's diffusion
+    baseline_steps: int = ours(500, ge=1)  # of the Self-Classifier, SCAN, CC and TEMI heads and, at least, of DGD's diffusion
     neighbours: int = ours(20, ge=1)  # mined for SCAN and TEMI
 
     def __post_init__(self) -> None:
