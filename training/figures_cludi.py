@@ -115,6 +115,6 @@ def markdown(summary: dict) -> str:
 def draw(folder: Path, summary: dict) -> None:
     for part, table in summary["tables"].items():
         plots.comparison(folder / f"comparison-{part}.png", table, title=f"Clustering, {part}")
-    plots.averaging(folder / "averaging.png", summary["samples"])
+    plots.averaging(folder / "averaging.png", summary["samples"], over="seeds")
     panels = {option: {"digits": {float(value): acc for value, acc in own.items()}} for option, own in summary["sweeps"].items()}
     plots.sweep(folder / "sweeps.png", panels, title="CLUDI on digits: noise scale F² and embedding dimension d")

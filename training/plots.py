@@ -252,13 +252,15 @@ def confusion(path: str | Path, label: Array, truth: Array) -> Path:
     for row, column in zip(*np.nonzero(together), strict=True) if size <= 20 else ():
         colour = "white" if share[row, column] > 60 else "black"
         axes.text(column, row, f"{together[row, column]:.0f}", ha="center", va="center", size=7, color=colour)
+    if size <= 20:
+        axes.set(xticks=range(size), yticks=range(size))
     accuracy = np.trace(together) / together.sum()
     axes.set(title=f"Clusters matched to classes, ACC {accuracy:.3f}", xlabel="class of the matched cluster", ylabel="class")
     return _save(figure, path, f"n = {len(truth)}; numbers: rows; matching: Hungarian, one for all")
 
 
-def averaging(path: str | Path, samples: Mapping[str, Any]) -> Path:
-    """ACC against the number of averaged assignments: samples[name] = a list of ACCs for every one of samples["count"]."""
+def averaging(path: str | Path, samples: Mapping[str, Any], *, over: str = "choices of samples") -> Path:
+    """ACC against the number of averaged assignments: samples[name] = a list of ACCs, of several `over`, for every samples["count"]."""
     figure, (axes,) = _figure(1, 6.5, 4.2)
     for i, (name, values) in enumerate((name, values) for name, values in samples.items() if name != "count"):
         mean, sd = np.array([mean_sd(row) for row in values]).T
@@ -267,7 +269,7 @@ def averaging(path: str | Path, samples: Mapping[str, Any]) -> Path:
     axes.set_xticks(samples["count"], [str(count) for count in samples["count"]])
     axes.set(title="ACC against averaged assignments", xlabel="assignments averaged", ylabel="ACC")
     axes.grid(color="0.9")
-    return _save(figure, path, f"mean and standard deviation over {len(values[0])} choices among {samples['count'][-1]} or more samples")
+    return _save(figure, path, f"mean and standard deviation over {len(values[0])} {over}")
 
 
 def sweep(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]], *, title: str, unit: str = "ACC") -> Path:
