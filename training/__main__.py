@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "dgd": "train DGD (density-gradient guided diffusion) and compare it with k-means and with the same run without guidance",
-    "figures": "tables and pictures over several seeds: figures dgd",
+    "cludi": "train CLUDI (clustering by self-supervised diffusion) and compare it with eight other clusterings of the same features",
+    "figures": "tables and pictures over several seeds: figures dgd, figures cludi",
+    "features": "write a feature file of an image folder with a pretrained model of timm",
     "fetch": "download a data set for a machine without network",
 }
 
@@ -24,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return _complain(f"ltkernels: the command must be one of {', '.join(COMMANDS)}; got {name!r}")
     try:
-        return {"dgd": _dgd, "figures": _figures, "fetch": _fetch}[name](rest)
+        return {"dgd": _dgd, "cludi": _cludi, "features": _features, "figures": _figures, "fetch": _fetch}[name](rest)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         return _complain(str(error))
 
@@ -37,12 +40,26 @@ def _complain(message: str) -> int:
 def _dgd(arguments: list[str]) -> int:
     from . import config, run
 
-    settings, preset = parse(arguments, "dgd", config.DGDConfig, config.DGD_PRESETS)
-    folder = config.run_folder(settings, "dgd")
-    return stoppable(lambda: _show(run.table, run.dgd(settings, preset), folder), f"python -m training dgd --out {folder} --resume")
+    return _run("dgd", arguments, config.DGDConfig, config.DGD_PRESETS, run.dgd)
 
 
-def _show(table: Callable, report: dict, folder) -> None:
+def _cludi(arguments: list[str]) -> int:
+    from . import config, run_cludi
+
+    return _run("cludi", arguments, config.CLUDIConfig, config.CLUDI_PRESETS, run_cludi.cludi)
+
+
+def _run(name: str, arguments: list[str], kind: type, presets: dict, method: Callable) -> int:
+    from . import config
+
+    settings, preset = parse(arguments, name, kind, presets)
+    folder = config.run_folder(settings, name)
+    return stoppable(lambda: _show(method(settings, preset), folder), f"python -m training {name} --out {folder} --resume")
+
+
+def _show(report: dict, folder) -> None:
+    from .runfolder import table
+
     print(table(report))
     print(f"{report['dataset']}, {report['n']} rows, {report['seconds']:.0f} s; everything else is in {folder}")
 
@@ -74,6 +91,7 @@ def parse(arguments: list[str], command: str, kind: type, presets: dict):
     if name not in presets:
         raise ValueError(f"{command}: --preset must be one of {', '.join(presets)}; got {name!r}")
     preset = presets[name]
+    rest = [re.sub(r"^--data(?=$|=)", "--dataset", word) for word in rest]  # a shorter name for the option that is given most
     text = f"{kind.__doc__}\n\nPresets: --preset {{{','.join(presets)}}}."
     settings = tyro.cli(kind, default=preset, args=rest, prog=f"python -m training {command}", description=text)
     stored = config.run_folder(settings, command) / "config.json"
@@ -86,6 +104,12 @@ def _figures(arguments: list[str]) -> int:
     from . import figures
 
     return figures.main(arguments)
+
+
+def _features(arguments: list[str]) -> int:
+    from . import features
+
+    return features.main(arguments)
 
 
 def _fetch(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +81,17 @@ def restore(folder: Path, stage: str, modules: Modules, optimiser: torch.optim.O
     cache.clear()
     cache.update(rest["cache"])
     return step
+
+
+def borrow(source: Path, folder: Path, stage: str) -> None:
+    """Copy the newest checkpoint of `stage` from the run in `source` to `folder`, unless there is one already."""
+    step = latest(source, stage)
+    if step is None or latest(folder, stage) is not None:
+        return
+    for suffix in (".safetensors", ".pt"):  # in the order of `save`
+        name = f"{stage}-{step:06d}{suffix}"
+        with replacing(folder / "weights" / name) as temporary:
+            shutil.copyfile(source / "weights" / name, temporary)
 
 
 def load_modules(path: Path, modules: Modules) -> None:

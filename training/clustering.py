@@ -94,6 +94,16 @@ def kmeans_labels(z: Tensor, clusters: int, seed: int, new: Tensor | None = None
     return model.labels_, None if new is None else model.predict(new.cpu().numpy())
 
 
+def gmm_labels(z: Tensor, clusters: int, seed: int, new: Tensor | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """scikit-learn's Gaussian mixture, one variance a dimension in every component: the rarest classes have fewer rows than a full
+    covariance has columns."""
+    from sklearn.mixture import GaussianMixture
+
+    model = GaussianMixture(clusters, covariance_type="diag", reg_covar=1e-3, n_init=3, random_state=seed)
+    labels = model.fit_predict(z.cpu().numpy())
+    return labels, None if new is None else model.predict(new.cpu().numpy())
+
+
 def spectral_labels(z: Tensor, clusters: int, seed: int, new: Tensor | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """scikit-learn's spectral clustering on a 10-nearest-neighbour graph. It has no rule for unseen rows: they take the label of the
     nearest clustered row."""

@@ -1,8 +1,8 @@
 """Settings: frozen dataclasses that tyro turns into options, each value with its provenance and its limits.
 
 A field is declared with where its default comes from: `paper` (stated there), `code` (read in the papers' public code), `ours` (the paper
-is silent or contradicts itself). config.json records value and provenance of every field; values that a preset changed are `ours`, values
-given on the command line are `user`.
+is silent or contradicts itself). Where paper and code disagree, both values stand beside the default: `paper(25.0, code=49.0)`. config.json
+records value and provenance of every field; a value that a preset changed is whose it is, values given on the command line are `user`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ _LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 
 
 def _setting(provenance: str, default: Any, **metadata: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"provenance": provenance, **metadata})
+    return dataclasses.field(default=default, metadata={provenance: default, **metadata, "provenance": provenance})
 
 
-def paper(default: Any, **limits: float) -> Any:
-    return _setting("paper", default, **limits)
+def paper(default: Any, **more: Any) -> Any:
+    """`more`: limits (ge, gt, lt), and code=value where the released code has another one."""
+    return _setting("paper", default, **more)
 
 
-def code(default: Any, **limits: float) -> Any:
-    return _setting("code", default, **limits)
+def code(default: Any, **more: Any) -> Any:
+    return _setting("code", default, **more)
 
 
-def ours(default: Any, **limits: float) -> Any:
-    return _setting("ours", default, **limits)
+def ours(default: Any, **more: Any) -> Any:
+    return _setting("ours", default, **more)
 
 
 def runtime(default: Any, **limits: Any) -> Any:
@@ -149,6 +150,108 @@ class DGDConfig(RunConfig):
         return (self.guidance_scale if self.eta0 is None else self.eta0) > 0
 
 
+@dataclass(frozen=True)
+class CLUDIConfig(RunConfig):
+    """CLUDI: clustering via self-supervised diffusion (004).
+
+    The defaults train well on digits within minutes; --preset cludi-paper and cludi-code hold what the paper and its released code say.
+    L1 to L14 are the points where the two disagree, see training/README.md.
+    """
+
+    # Features: what every method of the table clusters.
+    features: Literal["encoder", "pixels"] = ours("encoder")
+    """of images: latents of DGD's encoder after its stage 1, or the pixels; feature files are taken as they are"""
+    feature_norm: Literal["standard-l2", "standard", "l2", "none"] = ours("standard-l2", paper="none", code="l2")
+    """of a feature vector: mean 0 and variance 1 per coordinate, norm sqrt(n) (the released code has 1; noise is scaled alike), or both"""
+    feature_width: int | None = ours(None, ge=1)  # refuse a feature file of another width
+    encoder_epochs: int = ours(50, ge=0)  # of DGD's stage 1
+    latent_dim: int = ours(32, ge=1)  # width of the encoder's latents
+    clusters: int | None = ours(None, ge=2)  # K; default: as many as classes
+
+    # Diffusion of assignment embeddings.
+    embedding_dim: int | None = paper(None, code=64, ge=2)  # d; default: 32 below 100 clusters, else 64
+    timesteps: int = paper(1000, ge=1)  # T
+    sqrt_mode: Literal["paper", "betas"] = code("betas", paper="paper")  # Eq. 12 as printed, or through clipped betas (L1)
+    noise_scale_f2: float = ours(100.0, paper=25.0, gt=0)  # F^2 of Eq. 6, 7, 15, a variance (L3)
+    noise_std: float | None = paper(None, code=49.0, gt=0)  # F; when given it replaces --noise-scale-f2 (L3)
+    replicas: int = ours(2, code=8, ge=1)  # B: assignments of each row in a step of training
+    teacher_steps: int = ours(4, paper=25, ge=1)  # S
+    clip_z0: bool = paper(False, code=True)  # the teacher's predicted z_0 is clamped to +-1 (L10)
+
+    # The network.
+    width: int = ours(96, code=384, ge=2)  # of the features' part; the assignment has half of it
+    depth: int = ours(3, code=5, ge=1)  # layers on both parts together
+    dropout: float = code(0.15, ge=0, lt=1)  # on the features' part, student only
+    self_conditioning: float = code(0.5, ge=0)  # probability that the student sees its own first guess; 0: never, teacher included
+
+    # The student's view.
+    augment: Literal["gaussian", "direction"] = paper("gaussian", code="direction")
+    """noise of a variance per coordinate, or of a length (in units of the features' root mean square norm)"""
+    aug_noise_min: float = paper(0.1, code=0.2, ge=0)  # variance or length, uniform from here
+    aug_noise_max: float = paper(0.3, code=1.0, ge=0)  # to here
+    aug_drop_min: float = paper(0.2, code=0.05, ge=0, lt=1)  # share of coordinates set to zero, uniform from here
+    aug_drop_max: float = paper(0.2, code=0.1, ge=0, lt=1)  # to here
+
+    # Losses.
+    lam: float = paper(50.0, ge=0)  # lambda of l_dif + lambda l_cls
+    tau: float = code(0.1, gt=0)  # temperature of p(k | z) and of Eq. 23
+    tau_col: float = code(0.05, gt=0)  # temperature of Eq. 21
+    snr_weight: Literal["min_x0", "min_v", "paper_max", "none"] = code("min_x0", paper="paper_max")
+    """w of a replica: min(SNR, gamma), the same / (SNR + 1), Eq. 26 as printed, 1 (L4)"""
+    snr_gamma: float = paper(5.0, gt=0)
+    snr_over_std: bool = paper(False, code=True)  # the weights are divided by F
+    teacher_logits: Literal["paper", "direct"] = code("direct", paper="paper")  # L z_0 of Eq. 14, or L of the denoised embedding (L5)
+    dif_target: Literal["raw", "reembed"] = code("reembed", paper="raw")  # what l_dif compares with z_0: Eq. 18, or Eq. 13 of it (L6)
+    dif_reduce: Literal["mean", "sum"] = code("mean", paper="sum")  # of l_dif over the d coordinates (L6)
+    embed_trainable: bool = code(False, paper=True)  # E learns (L7)
+    teacher_grad: Literal["none", "head", "full"] = paper("head", code="full")
+    """where gradients enter the teacher: nowhere, L and E only, through all S steps (L8)"""
+    cls_pairs: Literal["matched", "all"] = code("all", paper="matched")  # replicas that l_cls compares (L9)
+    cls_norm: Literal["joint", "per_replica"] = paper("joint", code="per_replica")  # rows that Eq. 21 and 23 run over (L9)
+    class_prior: str = paper("uniform")  # p(k): uniform, empirical (the classes' shares), or K numbers with commas (L14)
+
+    # Optimisation: AdamW(.9, .98).
+    steps: int | None = ours(160, code=None, ge=1)  # of training; none: as many as --epochs make
+    epochs: int = code(200, ge=0)
+    restarts: int = ours(12, code=1, ge=1)
+    """networks that learn one after another; the one of the lowest class loss, which takes no label, answers (k-means has 10 inits)"""
+    batch_size: int = code(256, ge=2)
+    lr: float = ours(1e-3, code=1e-4, gt=0)
+    min_lr: float = code(1e-6, ge=0)  # at the end of the cosine
+    warmup_epochs: float = code(1.0, ge=0)
+    weight_decay: float = code(0.01, ge=0)
+    clip: float = code(4.0, gt=0)  # of the gradient's norm, for every parameter by itself
+
+    # Evaluation, after the last step only (L13), with the trained weights (L12).
+    eval_steps: int = ours(4, paper=100, code=50, ge=1)  # reverse steps
+    eval_samples: int = ours(16, code=64, ge=1)  # assignments averaged
+    avg: Literal["probs", "logits"] = paper("probs", code="logits")  # what is averaged (L11)
+
+    # The comparisons.
+    baselines: bool = runtime(True)  # train and score the other methods on the same features
+    baseline_steps: int = ours(500, ge=1)  # of the Self-Classifier, SCAN, CC and TEMI heads and, at least, of DGD's diffusion
+    neighbours: int = ours(20, ge=1)  # mined for SCAN and TEMI
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("teacher_steps", "eval_steps"):
+            if getattr(self, name) > self.timesteps:
+                raise ValueError(f"config: {name} must be <= timesteps={self.timesteps}; got {getattr(self, name)}")
+        for low, high in (("aug_noise_min", "aug_noise_max"), ("aug_drop_min", "aug_drop_max")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"config: {low} must be <= {high}={getattr(self, high)}; got {getattr(self, low)}")
+        if self.self_conditioning > 1:
+            raise ValueError(f"config: self_conditioning must be <= 1; got {self.self_conditioning}")
+        if self.class_prior not in ("uniform", "empirical"):
+            for part in self.class_prior.split(","):
+                positive_number("class_prior", part, "uniform, empirical or numbers > 0 separated by commas")
+
+    @property
+    def std(self) -> float:
+        """F."""
+        return math.sqrt(self.noise_scale_f2) if self.noise_std is None else self.noise_std
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
@@ -202,13 +305,14 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def resolved(config: RunConfig, preset: RunConfig) -> dict[str, dict[str, Any]]:
-    """Every field as {"value", "provenance"}: as declared, `ours` where the preset differs, `user` where the command line does."""
+    """Every field as {"value", "provenance"}: as declared; where the preset differs, whose value that is; `user` from the command line."""
     out = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         provenance = item.metadata["provenance"]
         if value != item.default:
-            provenance = "ours" if value == getattr(preset, item.name) else "user"
+            sources = [source for source in PROVENANCE if source in item.metadata and item.metadata[source] == value]
+            provenance = (sources or ["ours"])[0] if value == getattr(preset, item.name) else "user"
         out[item.name] = {"value": value, "provenance": provenance}
     return out
 
@@ -253,7 +357,21 @@ def differences(config: RunConfig, other: RunConfig) -> list[str]:
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
+
+def as_in(source: Literal["paper", "code"], kind: type[RunConfig]) -> RunConfig:
+    """The preset that takes every value from `source`, from the other one where `source` is silent, and ours where both are."""
+    order = (source, "code" if source == "paper" else "paper")
+    known = {item.name: [item.metadata[name] for name in order if name in item.metadata] for item in dataclasses.fields(kind)}
+    return kind(**{name: values[0] for name, values in known.items() if values})
+
+
 DGD_PRESETS = {
     "default": DGDConfig(),
     "short": DGDConfig(encoder_epochs=10, diffusion_epochs=40, joint_epochs=6, refresh_every=3, gen_every=12),
+}
+CLUDI_PRESETS = {
+    "default": CLUDIConfig(),
+    "short": CLUDIConfig(encoder_epochs=8, steps=60, restarts=2, eval_samples=4, baseline_steps=60),
+    "cludi-paper": as_in("paper", CLUDIConfig),
+    "cludi-code": as_in("code", CLUDIConfig),
 }

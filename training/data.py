@@ -281,9 +281,21 @@ def _cifar(base: str, root: str | Path) -> Source:
 
 
 def _folder(path: Path, image_size: int) -> Source:
-    """path/<class>/**/<image>; classes are the sorted folder names, the first one is class 0."""
     if image_size < 1:
         raise ValueError(f"dataset folder: image_size must be >= 1; got {image_size}")
+    classes, flat, labels = folder_files(path)
+
+    def read(rows: np.ndarray) -> Tensor:
+        out = np.empty((len(rows), image_size, image_size, 3), dtype=np.uint8)
+        for i, row in enumerate(tqdm(rows, desc=f"reading {path.name}", unit="image", leave=False, disable=None)):
+            out[i] = _read_image(flat[row], image_size)
+        return _to_unit(out)
+
+    return labels, len(classes), read
+
+
+def folder_files(path: Path) -> tuple[list[str], list[Path], np.ndarray]:
+    """(class names, files, labels) of path/<class>/**/<image>; classes are the sorted folder names, the first one is class 0."""
     if not path.is_dir():
         raise FileNotFoundError(f"dataset folder: no such folder: {path}")
     classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -293,15 +305,7 @@ def _folder(path: Path, image_size: int) -> Source:
             f"dataset folder: expected {path}/<class>/<image>; got {len(classes)} folders, no image"
         )
     labels = np.repeat(np.arange(len(classes)), [len(own) for own in files])
-    flat = [file for own in files for file in own]
-
-    def read(rows: np.ndarray) -> Tensor:
-        out = np.empty((len(rows), image_size, image_size, 3), dtype=np.uint8)
-        for i, row in enumerate(tqdm(rows, desc=f"reading {path.name}", unit="image", leave=False, disable=None)):
-            out[i] = _read_image(flat[row], image_size)
-        return _to_unit(out)
-
-    return labels, len(classes), read
+    return [entry.name for entry in classes], [file for own in files for file in own], labels
 
 
 def _read_image(file: Path, size: int) -> np.ndarray:
@@ -337,7 +341,7 @@ def _features(path: Path, width: int | None) -> Source:
             )
         arrays = []
         for key in ("features", "labels"):
-            arrays.append(file[key])
+            arrays.append(_mapped(path, key) if key == "features" else file[key])
         file.close()
     except (ValueError, EOFError, zipfile.BadZipFile) as error:  # also: pickled objects, a damaged archive
         raise ValueError(f"{where}: {key}: {error}") from error
@@ -355,12 +359,31 @@ def _features(path: Path, width: int | None) -> Source:
     require(labels.dtype.kind in "iu" and labels.shape == (n,), f"labels must be integers of shape ({n},)", shape)
     low, high = labels.min(), labels.max()  # the bound N keeps a stray 2^40 from sizing the class table
     require(low >= 0 and high < n, f"labels must be in [0, N) with N={n}", f"{low} to {high}")
+    # In pieces: a mapped file may be larger than memory. What float32 cannot hold is inf after the cast.
     with np.errstate(over="ignore"):
-        features = features.astype(np.float32)  # before the check: what float32 cannot hold is inf by now
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        fine = [np.isfinite(features[i : i + 65536].astype(np.float32)).all(axis=1) for i in range(0, n, 65536)]
+    bad = np.flatnonzero(~np.concatenate(fine))
     fact = f"NaN or inf in {bad.size} rows, first {bad[:5].tolist()}"
     require(not bad.size, "features must be finite in float32", fact)
-    return labels.astype(np.int64), int(high) + 1, lambda rows: torch.from_numpy(features[rows])
+    return labels.astype(np.int64), int(high) + 1, lambda rows: torch.from_numpy(features[rows].astype(np.float32))
+
+
+def _mapped(path: Path, key: str) -> np.ndarray:
+    """Array `key` of a .npz, memory-mapped where it is stored uncompressed (np.savez, `features`), read where it is compressed."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{key}.npy")
+    with np.load(path, allow_pickle=False) as file, open(path, "rb") as raw:
+        if member.compress_type != zipfile.ZIP_STORED:
+            return file[key]
+        raw.seek(member.header_offset + 26)  # lengths of name and extra field in the local header, which the directory does not repeat
+        name, extra = int.from_bytes(raw.read(2), "little"), int.from_bytes(raw.read(2), "little")
+        raw.seek(member.header_offset + 30 + name + extra)
+        version = np.lib.format.read_magic(raw)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(raw)
+        if dtype.hasobject or 0 in shape:
+            return file[key]  # which refuses objects by name
+        return np.memmap(path, dtype, "r", raw.tell(), shape, "F" if fortran else "C")
 
 
 # ---- synthetic latents -----------------------------------------------------------------------------------------------

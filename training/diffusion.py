@@ -23,24 +23,11 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).reshape(-1, *[1] * (like.dim() - 1))
 
 
-@dataclass(frozen=True, eq=False)
-class Diffusion:
-    """Linear betas from beta_start to beta_end over `steps` times: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps."""
+class Schedule:
+    """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps at times t = 0..steps; subclasses say which abar."""
 
-    steps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    alpha_bar: Tensor = field(init=False)  # (steps + 1,) float64, alpha_bar[0] = 1
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
-                "Diffusion: expected steps >= 1 and 0 < beta_start <= beta_end < 1; "
-                f"got steps={self.steps}, beta_start={self.beta_start}, beta_end={self.beta_end}"
-            )
-        betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
-        alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)])
-        object.__setattr__(self, "alpha_bar", alpha_bar)
+    steps: int
+    alpha_bar: Tensor  # (steps + 1,) float64, alpha_bar[0] = 1
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """q(z_t | z_0) for times t (B,)."""
@@ -70,9 +57,18 @@ class Diffusion:
             x0 = x0.clamp(*clip)
             eps = (z_t - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)  # what would have led here from the clipped x0hat
         variance = self.reverse_variance(t, s, eta)
+        return x0, self._mean(x0, eps, s, variance), variance
+
+    def reverse_x0(self, z_t: Tensor, x0: Tensor, t: int, s: int, eta: float = 1.0) -> tuple[Tensor, float]:
+        """(mean, variance) of the step t -> s of a network that predicts z_0. By way of eps, z_0 would lose its digits where abar_t
+        is small."""
+        alpha_bar, variance = float(self.alpha_bar[t]), self.reverse_variance(t, s, eta)
+        eps = (z_t - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
+        return self._mean(x0, eps, s, variance), variance
+
+    def _mean(self, x0: Tensor, eps: Tensor, s: int, variance: float) -> Tensor:
         alpha_bar = float(self.alpha_bar[s])
-        mean = math.sqrt(alpha_bar) * x0 + math.sqrt(max(1 - alpha_bar - variance, 0.0)) * eps
-        return x0, mean, variance
+        return math.sqrt(alpha_bar) * x0 + math.sqrt(max(1 - alpha_bar - variance, 0.0)) * eps
 
     def times(self, count: int) -> list[int]:
         """T = t_0 > t_1 > ... > t_count = 0, evenly spaced: the times that `count` reverse steps visit."""
@@ -80,9 +76,57 @@ class Diffusion:
             raise ValueError(f"Diffusion.times: count must be in [1, {self.steps}]; got {count}")
         return [round(self.steps * (count - i) / count) for i in range(count + 1)]
 
+    def snr(self, t: Tensor) -> Tensor:
+        """abar_t / (1 - abar_t), float64; infinite at t = 0."""
+        alpha_bar = self.alpha_bar[t.cpu()]
+        return alpha_bar / (1 - alpha_bar)
+
+
+@dataclass(frozen=True, eq=False)
+class Diffusion(Schedule):
+    """Linear betas from beta_start to beta_end over `steps` times."""
+
+    steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    alpha_bar: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                "Diffusion: expected steps >= 1 and 0 < beta_start <= beta_end < 1; "
+                f"got steps={self.steps}, beta_start={self.beta_start}, beta_end={self.beta_end}"
+            )
+        betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
+        alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)])
+        object.__setattr__(self, "alpha_bar", alpha_bar)
+
+
+@dataclass(frozen=True, eq=False)
+class SqrtDiffusion(Schedule):
+    """abar_t = 1 - sqrt(t / T + 1e-4) (Li et al., 2022; Eq. 12 of 004), which is -5e-5 at t = T.
+
+    mode "paper": as printed, but no smaller than 1e-6. "betas": betas from the ratios of neighbouring values, at most .999, as
+    released; this divides everything by the curve's value at 0, .99.
+    """
+
+    steps: int = 1000
+    mode: str = "betas"
+    alpha_bar: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.mode not in ("paper", "betas"):
+            raise ValueError(f"SqrtDiffusion: expected steps >= 1 and mode paper or betas; got steps={self.steps}, mode={self.mode!r}")
+        curve = 1 - torch.sqrt(torch.arange(self.steps + 1, dtype=torch.float64) / self.steps + 1e-4)
+        if self.mode == "betas":
+            alpha_bar = torch.cumprod(1 - (1 - curve[1:] / curve[:-1]).clamp(max=0.999), 0)
+        else:
+            alpha_bar = curve[1:].clamp(min=1e-6)
+        object.__setattr__(self, "alpha_bar", torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar]))
+
 
 def denoising_loss(
-    diffusion: Diffusion, denoise: Callable[[Tensor, Tensor], Tensor], x0: Tensor, rng: torch.Generator, draws: int = 1
+    diffusion: Schedule, denoise: Callable[[Tensor, Tensor], Tensor], x0: Tensor, rng: torch.Generator, draws: int = 1
 ) -> Tensor:
     """Mean squared error of the predicted noise at t uniform in {1..T}, `draws` independent (t, eps) for each row."""
     x0 = x0.repeat(draws, *[1] * (x0.dim() - 1))
@@ -92,7 +136,7 @@ def denoising_loss(
 
 
 def sample(
-    diffusion: Diffusion,
+    diffusion: Schedule,
     denoise: Callable[[Tensor, Tensor], Tensor],
     z: Tensor,
     count: int,

@@ -1,4 +1,4 @@
-"""`figures dgd`: the table of the README. Every method over several seeds, on all data, on a held-out fifth, and on synthetic latents.
+"""`figures METHOD`, and its part for DGD: every method over several seeds, on all data, on a held-out fifth, and on synthetic latents.
 
 Every job leaves a file when it is done and is not run again; a job that was cut short goes on from its checkpoint.
 """
@@ -16,9 +16,10 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, config, data, metrics, plots, run
-from .config import DGDConfig
+from .config import CLUDIConfig, DGDConfig
 from .loop import generator, train
 from .methods.dgd import LatentDiffusion, fit_guidance, generate
+from .runfolder import SCORES
 
 HOLDOUT = 0.2
 METHODS = {"k-means": "kmeans", "spectral": "spectral", "eta0 = 0": "eta0=0", "DGD": None}  # name in the table: key in `baselines`
@@ -26,19 +27,22 @@ SYNTHETIC_ROWS = 1000
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training figures", description=__doc__, epilog="Further options are those of `python -m training dgd`.",
-        allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument("method", choices=["dgd"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--out", default="runs/figures-dgd", help="folder of the tables, the pictures and the runs")
-    options, rest = parser.parse_known_args(arguments)
+    from . import figures_cludi
     from .__main__ import parse, stoppable
 
-    settings, preset = parse(rest, "figures dgd", DGDConfig, config.DGD_PRESETS)
-    folder = Path(options.out)
-    return stoppable(lambda: print(dgd(settings, preset, options.seeds, folder)), "the same command")
+    methods = {"dgd": (DGDConfig, config.DGD_PRESETS, dgd), "cludi": (CLUDIConfig, config.CLUDI_PRESETS, figures_cludi.figures)}
+    parser = argparse.ArgumentParser(
+        prog="python -m training figures", description="Tables and pictures of a method over several seeds.",
+        epilog="Further options are those of `python -m training METHOD`.", allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("method", choices=list(methods))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--out", default=None, help="folder of the tables, the pictures and the runs; default: runs/figures-METHOD")
+    options, rest = parser.parse_known_args(arguments)
+    kind, presets, make = methods[options.method]
+    settings, preset = parse(rest, f"figures {options.method}", kind, presets)
+    folder = Path(options.out or f"runs/figures-{options.method}")
+    return stoppable(lambda: print(make(settings, preset, options.seeds, folder)), "the same command")
 
 
 def dgd(settings: DGDConfig, preset: DGDConfig, seeds: Sequence[int], folder: Path) -> str:
@@ -128,7 +132,7 @@ def synthetic_job(settings: DGDConfig, folder: Path, name: str) -> dict:
 def clustering_summary(results: list[dict]) -> dict[str, dict[str, list[float]]]:
     """table[method][figure] = one value a seed."""
     rows = {name: [result["baselines"][key] if key else result.get("dgd", result) for result in results] for name, key in METHODS.items()}
-    return {name: {figure: [row[figure] for row in values] for figure in run.SCORES} for name, values in rows.items()}
+    return {name: {figure: [row[figure] for row in values] for figure in SCORES} for name, values in rows.items()}
 
 
 def guidance_summary(results: list[dict]) -> dict[str, dict[str, dict[str, list[float]]]]:
@@ -159,17 +163,20 @@ def synthetic_summary(results: list[dict]) -> dict:
     return out
 
 
+def heading(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+
+
+def row(name: str, values: Sequence[Sequence[float | None]]) -> str:
+    """A line of a table: the mean and standard deviation of each sequence."""
+    return f"| {name} | " + " | ".join(_cell(value) for value in values) + " |"
+
+
 def markdown(summary: dict) -> str:
-    def row(name: str, values: Sequence[Sequence[float | None]]) -> str:
-        return f"| {name} | " + " | ".join(_cell(value) for value in values) + " |"
-
-    def heading(*names: str) -> list[str]:
-        return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-
     lines = [f"Mean ± standard deviation over seeds {', '.join(map(str, summary['seeds']))}.", ""]
     for part, title in (("all", "all data"), ("holdout", "held-out fifth")):
-        lines += heading(title, *run.SCORES)
-        lines += [row(name, [figures[figure] for figure in run.SCORES]) for name, figures in summary[part].items()] + [""]
+        lines += heading(title, *SCORES)
+        lines += [row(name, [figures[figure] for figure in SCORES]) for name, figures in summary[part].items()] + [""]
     lines += heading("generated latents", "log-density", "nearest real, 95 %", "nearest to a tail class")
     for stage, kinds in summary["guidance"].items():
         for kind, figures in kinds.items():

@@ -47,13 +47,23 @@ class Stage:
     name: str
     steps: int
     modules: dict[str, nn.Module]  # saved with every checkpoint
-    lr: dict[str, float]  # first learning rate of each module that the optimiser moves; it falls to zero along a cosine
+    lr: dict[str, float]  # first learning rate of each module that the optimiser moves; `decay` says how it goes on
     cache: dict[str, Tensor]  # whatever else the next step depends on
     stream = ""  # key of its random numbers where it is not the name: stages to be compared draw the same ones
 
     def loss(self, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of step `step`, and 0-dim figures for the log."""
         raise NotImplementedError
+
+    def optimiser(self, groups: list[dict]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(groups)
+
+    def decay(self, step: int) -> float:
+        """Learning rate of step `step` over the first one."""
+        return 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+    def clip_gradients(self, params: list[nn.Parameter]) -> None:
+        nn.utils.clip_grad_norm_(params, 1.0)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -65,14 +75,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train(
-    stage: Stage, folder: Path, *, seed: int, rank: int = 0, checkpoint_every: int = 200, clip: float = 1.0, progress: bool = True
+    stage: Stage, folder: Path, *, seed: int, rank: int = 0, checkpoint_every: int = 200, progress: bool = True
 ) -> None:
     """Run `stage` to its last step from wherever its newest checkpoint in `folder` left it, or from the start."""
     groups = [{"params": list(stage.modules[name].parameters()), "lr": lr} for name, lr in stage.lr.items()]
     params = [p for group in groups for p in group["params"]]
     if stage.steps == 0:
         return
-    optimiser = torch.optim.Adam(groups)
+    optimiser = stage.optimiser(groups)
     done = checkpoint.restore(folder, stage.name, stage.modules, optimiser, stage.cache)
     log = Log(folder / "log.jsonl", stage.name, done)
     device = params[0].device
@@ -80,11 +90,11 @@ def train(
     with noted_signals() as received, tqdm(total=stage.steps, initial=done, desc=stage.name, disable=not progress) as bar:
         for step in range(done, stage.steps):
             for group, lr in zip(optimiser.param_groups, stage.lr.values(), strict=True):
-                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+                group["lr"] = lr * stage.decay(step)
             loss, figures = stage.loss(step, generator(seed, rank, stage.stream or stage.name, step, device=device))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(params, clip)
+            stage.clip_gradients(params)
             optimiser.step()
             log.add(step, {"loss": loss, **figures})
             bar.update()

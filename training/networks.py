@@ -121,3 +121,49 @@ class Denoiser(nn.Module):
         for norm, block, scale, shift in zip(self.norms, self.blocks, films[::2], films[1::2], strict=True):
             h = h + block(norm(h) * (1 + scale) + shift)
         return self.outside(h)
+
+
+class AssignmentNet(nn.Module):
+    """CLUDI's z~_theta(z_t, x, t), which predicts an assignment embedding z_0 (..., d), with its class head L and embeddings E.
+
+    The features' part of the input does not depend on z_t or t: `condition` computes it once for a whole reverse sampling.
+    """
+
+    def __init__(self, features: int, dim: int, clusters: int, steps: int, width: int = 128, depth: int = 3, trainable: bool = False):
+        super().__init__()
+        self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(1000.0), 32)), persistent=False)
+        self.dim, self.steps, half = dim, steps, width // 2
+        both = width + half
+        self.condition_part = nn.Sequential(
+            nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width),
+            nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, width),
+        )  # fmt: skip
+        self.assignment_part = nn.Sequential(
+            nn.Linear(2 * dim, half), nn.SiLU(), nn.Linear(half, half), nn.LayerNorm(half), nn.Linear(half, half)
+        )
+        self.time = nn.Sequential(nn.Linear(64, both), nn.SiLU(), nn.Linear(both, both))
+        self.trunk = nn.ModuleList(nn.Linear(both, both) for _ in range(depth))
+        self.outside = nn.Sequential(nn.Linear(both, dim), nn.LayerNorm(dim), nn.Linear(dim, dim))
+        self.head = nn.Linear(dim, clusters)  # L, with a bias as in the released code
+        self.embedding = nn.Parameter(F.normalize(torch.randn(clusters, dim), dim=1), requires_grad=trainable)  # rows: columns of E
+
+    def condition(self, x: Tensor, dropout: float = 0.0, rng: torch.Generator | None = None) -> Tensor:
+        """(..., width) of features x (..., n). The mask is drawn from `rng`, so that a resumed run draws it again."""
+        h = self.condition_part(x)
+        if dropout:
+            h = h * (torch.rand(h.shape, generator=rng, device=h.device) >= dropout) / (1 - dropout)
+        return h
+
+    def forward(self, z_t: Tensor, h: Tensor, t: Tensor, guess: Tensor) -> Tensor:
+        """z~ for z_t (B, N, d), h (B or 1, N, width), times t (B,) and an earlier guess of z_0 like z_t, zero for none."""
+        phase = (t / self.steps).to(z_t)[:, None] * self.frequencies.to(z_t)
+        time = self.time(torch.cat([phase.sin(), phase.cos()], 1))[:, None]  # (B, 1, both)
+        assignment = self.assignment_part(torch.cat([guess, z_t], -1))
+        out = torch.cat([h.expand(*assignment.shape[:-1], -1), assignment], -1) + time
+        for layer in self.trunk:
+            out = F.silu(layer(out)) / 0.596  # MPSiLU: keeps the magnitude of unit normal inputs
+        return self.outside(out)
+
+    def embed(self, u: Tensor) -> Tensor:
+        """sqrt(d) E u / |E u| of cluster probabilities u (..., K) (Eq. 13)."""
+        return math.sqrt(self.dim) * F.normalize(u @ F.normalize(self.embedding, dim=1), dim=-1)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from .metrics import mean_sd, total_variation
+from .metrics import match_clusters, mean_sd, total_variation
 
 GREY, BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#4d4d4d", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY)
@@ -215,6 +215,80 @@ def class_mass(
     axes.margins(x=0.02)
     spread = f"; bars and whiskers: mean and standard deviation over {seeds} seeds" if seeds > 1 else ""
     return _save(figure, path, f"{len(truth)} classes; TV: mass in the wrong class (total variation){spread}")
+
+
+def assignments(path: str | Path, embedding: Array, label: Array, truth: Array, *, at_most: int = 1000, seed: int = 0) -> Path:
+    """Assignment embeddings (N, d) in the plane by t-SNE, coloured by cluster and by class; evenly chosen rows where there are more."""
+    from sklearn.manifold import TSNE
+
+    z, label, truth = _numpy(embedding), _numpy(label).astype(int), _numpy(truth).astype(int)
+    rows = np.unique(np.linspace(0, len(z) - 1, min(len(z), at_most)).astype(int))
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    if len(rows) > 3 and np.ptp(z[rows], axis=0).max() > 0:
+        xy = TSNE(init="pca", perplexity=perplexity, random_state=seed, max_iter=500).fit_transform(z[rows])
+    else:  # too few points, or one: nothing to embed
+        xy = np.zeros((len(rows), 2))
+    figure, panels = _figure(2, 10.5, 5.2, sharex=True, sharey=True)
+    for axes, name, values in zip(panels, ("cluster", "class"), (label[rows], truth[rows]), strict=True):
+        colours = axes.scatter(*xy.T, c=values, cmap="tab10" if values.max() < 10 else "nipy_spectral", s=12, linewidths=0)
+        figure.colorbar(colours, ax=axes, aspect=30).set_label(name)
+        axes.set(title=f"coloured by {name}", xticks=[], yticks=[])
+    figure.suptitle("Assignment embeddings")
+    return _save(figure, path, f"t-SNE of the mean embedding of {len(rows)} of {len(z)} rows; distances between groups say nothing")
+
+
+def confusion(path: str | Path, label: Array, truth: Array) -> Path:
+    """Rows of every class (down) by the class that their cluster was matched to (across), in per cent of the class."""
+    label, truth = _numpy(label).astype(int), _numpy(truth).astype(int)
+    matched = match_clusters(label, truth)[label]
+    size = max(truth.max(), matched.max()) + 1
+    together = np.zeros((size, size))
+    np.add.at(together, (truth, matched), 1)
+    share = 100 * together / np.maximum(together.sum(1, keepdims=True), 1)
+    side = min(max(4.5, 0.5 * size + 1.5), 14.0)
+    figure, (axes,) = _figure(1, side + 1, side)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axes, aspect=30).set_label("% of class")
+    for row, column in zip(*np.nonzero(together), strict=True) if size <= 20 else ():
+        colour = "white" if share[row, column] > 60 else "black"
+        axes.text(column, row, f"{together[row, column]:.0f}", ha="center", va="center", size=7, color=colour)
+    if size <= 20:
+        axes.set(xticks=range(size), yticks=range(size))
+    accuracy = np.trace(together) / together.sum()
+    axes.set(title=f"Clusters matched to classes, ACC {accuracy:.3f}", xlabel="class of the matched cluster", ylabel="class")
+    return _save(figure, path, f"n = {len(truth)}; numbers: rows; matching: Hungarian, one for all")
+
+
+def averaging(path: str | Path, samples: Mapping[str, Any], *, over: str = "choices of samples") -> Path:
+    """ACC against the number of averaged assignments: samples[name] = a list of ACCs, of several `over`, for every samples["count"]."""
+    figure, (axes,) = _figure(1, 6.5, 4.2)
+    for i, (name, values) in enumerate((name, values) for name, values in samples.items() if name != "count"):
+        mean, sd = np.array([mean_sd(row) for row in values]).T
+        axes.errorbar(samples["count"], mean, yerr=sd, color=COLOURS[i], marker=MARKERS[i], capsize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(samples["count"], [str(count) for count in samples["count"]])
+    axes.set(title="ACC against averaged assignments", xlabel="assignments averaged", ylabel="ACC")
+    axes.grid(color="0.9")
+    return _save(figure, path, f"mean and standard deviation over {len(values[0])} {over}")
+
+
+def sweep(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]], *, title: str, unit: str = "ACC") -> Path:
+    """panels[option][line][value of the option] = one figure a seed: a panel an option, mean and standard deviation."""
+    figure, drawn = _figure(len(panels), 4.6 * len(panels) + 0.8, 4.0, sharey=True)
+    for axes, (option, lines) in zip(drawn, panels.items(), strict=True):
+        for i, (name, points) in enumerate(lines.items()):
+            mean, sd = np.array([mean_sd(values) for values in points.values()]).T
+            axes.errorbar(list(points), mean, yerr=sd, color=COLOURS[i], marker=MARKERS[i], capsize=3, label=name)
+        ticks = sorted({value for points in lines.values() for value in points})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+        axes.minorticks_off()
+        axes.set(xlabel=option)
+        axes.grid(color="0.9")
+    drawn[0].set_ylabel(unit)
+    figure.suptitle(title)
+    seeds = {len(values) for lines in panels.values() for points in lines.values() for values in points.values()}
+    return _save(figure, path, f"mean and standard deviation over {' or '.join(map(str, sorted(seeds)))} seeds")
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------

@@ -1,29 +1,26 @@
-"""One run of DGD from data to pictures: the three stages, the same run without guidance, the comparisons, the run folder."""
+"""One run of DGD from data to pictures: the three stages, the same run without guidance, the comparisons."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import ltkernels
 
-from . import checkpoint, config, data, metrics, plots
+from . import checkpoint, data, plots
 from .clustering import SoftClusters, kmeans_labels, spectral_labels
 from .config import DGDConfig
 from .loop import generator, read_log, train
 from .methods.dgd import DensityGuidance, Joint, LatentDiffusion, Pretrain, cluster, fit_guidance, generate
 from .networks import Denoiser, LatentSpace, build_encoder, mlp
-
-SCORES = ("acc", "nmi", "ari", "acc_head", "acc_med", "acc_tail")
+from .runfolder import check_clusters, load_rows, open_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,17 +37,14 @@ class Outcome:
 def dgd(settings: DGDConfig, preset: DGDConfig) -> dict:
     """Train, evaluate and write everything; returns what metrics.json holds."""
     began = time.perf_counter()
-    dataset = data.load(
-        settings.dataset, root=settings.root, imbalance_ratio=settings.imbalance_ratio, profile=settings.profile,
-        seed=settings.seed, indices=settings.indices, image_size=settings.image_size,
-    )  # fmt: skip
-    train_set, held = data.train_holdout_split(dataset, settings.holdout, settings.seed) if settings.holdout else (dataset, None)
+    rows = load_rows(settings)
+    train_set, held = rows.train, rows.held
     check_against(settings, train_set)
     device = torch.device(settings.device)
     x, clusters = train_set.data.to(device), settings.clusters or train_set.num_classes
     new = None if held is None else held.data.to(device)
     modules = build_modules(x, settings)
-    folder = open_folder(settings, preset, train_set)  # last of what can go wrong: a wrong call leaves no folder behind
+    folder = open_folder("dgd", settings, preset, train_set)  # last of what can go wrong: a wrong call leaves no folder behind
     step = {"seed": settings.seed, "checkpoint_every": settings.checkpoint_every, "progress": settings.progress}
 
     train(Pretrain(x, modules, settings), folder, **step)
@@ -71,7 +65,7 @@ def dgd(settings: DGDConfig, preset: DGDConfig) -> dict:
             own_new = None if held is None else after[arm].clusters.labels(networks[arm]["latent"].encode(new))
             labels[name] = after[arm].clusters.labels(after[arm].real), own_new
         bar.update()
-    table = {name: scores(label, train_set, dataset) for name, (label, _) in labels.items()}
+    table = {name: rows.scores(label) for name, (label, _) in labels.items()}
     report = {
         **table.pop("dgd"),
         "method": "dgd",
@@ -81,8 +75,8 @@ def dgd(settings: DGDConfig, preset: DGDConfig) -> dict:
         "latents": f"{settings.encoder} encoder, {settings.latent_norm} norm, d = {z.shape[1]}",
         "baselines": table,
         "stages": {
-            "pretrain": {"kmeans": scores(kmeans_labels(before.real, clusters, settings.seed)[0], train_set, dataset)},
-            "diffusion": {"dgd": scores(before.clusters.labels(before.real), train_set, dataset)},
+            "pretrain": {"kmeans": rows.scores(kmeans_labels(before.real, clusters, settings.seed)[0])},
+            "diffusion": {"dgd": rows.scores(before.clusters.labels(before.real))},
         },
         "guidance": {
             "after_diffusion": guidance_figures(before, train_set),
@@ -91,54 +85,21 @@ def dgd(settings: DGDConfig, preset: DGDConfig) -> dict:
         },
     }
     if held is not None:
-        report["holdout"] = {"n": len(held), **{name: scores(label, held, dataset) for name, (_, label) in labels.items()}}
+        report["holdout"] = {"n": len(held), **{name: rows.held_scores(label) for name, (_, label) in labels.items()}}
     report["seconds"] = round(time.perf_counter() - began, 1)
     draw(folder, after["joint"])
     checkpoint.write_json(folder / "metrics.json", report)  # last: its presence says that the run is finished
     return report
 
 
-# ---- the run folder --------------------------------------------------------------------------------------------------
+# ---- before the first step --------------------------------------------------------------------------------------------------
 
 
 def check_against(settings: DGDConfig, dataset: data.Dataset) -> None:
     """What can only be checked once the data are there."""
-    rows = len(dataset)
-    if settings.k > rows - 1:
-        raise ValueError(f"dgd: k must be in [1, N - 1], a latent is no neighbour of itself; got k={settings.k} with N={rows}")
-    clusters = settings.clusters or dataset.num_classes
-    if clusters > rows:
-        raise ValueError(f"dgd: clusters must be in [1, N]; got {clusters} with N={rows}")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("dgd: device cuda needs a GPU and a torch built for it; found none, use --device cpu")
-
-
-def open_folder(settings: DGDConfig, preset: DGDConfig, dataset: data.Dataset) -> Path:
-    """Create the run folder, or enter it to resume. A folder with a run in it is never touched without being told how."""
-    folder = config.run_folder(settings, "dgd")
-    stored = folder / "config.json"
-    if settings.resume and settings.overwrite:
-        raise ValueError("dgd: give --resume or --overwrite, not both")
-    if settings.resume:
-        if not stored.is_file():
-            raise FileNotFoundError(f"dgd: --resume needs a run in {folder}; there is no {stored}")
-        changed = config.differences(config.read(stored, type(settings)), settings)
-        if changed:
-            raise ValueError(f"dgd: --resume goes on with the run's own settings; {folder} has {'; '.join(changed)}")
-    elif folder.exists() and any(folder.iterdir()):
-        if not settings.overwrite:
-            state = "a finished run" if (folder / "metrics.json").exists() else "something"
-            raise FileExistsError(f"dgd: {folder} already holds {state}; give --resume, --overwrite or another --out")
-        if not stored.is_file():
-            raise FileExistsError(f"dgd: --overwrite deletes runs only, and {folder} holds no config.json")
-        config.read(stored, type(settings))  # another program's config.json is refused
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not settings.resume:
-        versions = {"torch": torch.__version__, "numpy": np.__version__, "ltkernels": getattr(ltkernels, "__version__", "?")}
-        checkpoint.write_json(stored, {"method": "dgd", "settings": config.resolved(settings, preset), "versions": versions})
-        data.save_indices(dataset, folder / "indices.json")
-    return folder
+    if settings.k > len(dataset) - 1:
+        raise ValueError(f"dgd: k must be in [1, N - 1], a latent is no neighbour of itself; got k={settings.k} with N={len(dataset)}")
+    check_clusters("dgd", settings, dataset)
 
 
 def build_modules(x: Tensor, settings: DGDConfig) -> dict[str, nn.Module]:
@@ -166,11 +127,6 @@ def outcome(x: Tensor, modules: dict[str, nn.Module], settings: DGDConfig, clust
     )
     rng = generator(settings.seed, "evaluate", "clusters", device=x.device)
     return Outcome(real, field, guided, plain, cluster(real, guided, clusters, settings, rng))
-
-
-def scores(label: np.ndarray, rows: data.Dataset, whole: data.Dataset) -> dict[str, float]:
-    """Clustering figures on `rows`; head, medium and tail are those of the whole data set."""
-    return metrics.cluster_scores(label, rows.labels, whole.counts)
 
 
 def guidance_figures(result: Outcome, dataset: data.Dataset) -> dict[str, dict[str, float]]:
@@ -209,12 +165,3 @@ def draw(folder: Path, result: Outcome) -> None:
     keys = ("pretrain_loss", "diffusion_loss", "joint_loss_dm", "joint_loss_infonce")
     if present := [key for key in keys if any(key in row for row in curves)]:
         plots.loss_curves(folder / "losses.png", curves, present)
-
-
-def table(report: dict, columns: tuple[str, ...] = SCORES) -> str:
-    """The comparison as aligned text."""
-    rows = {"DGD": report, **report["baselines"]}
-    lines = ["  ".join(["method    ", *(f"{column:>8}" for column in columns)])]
-    for name, row in rows.items():
-        lines.append("  ".join([f"{name:<10}", *(f"{row[c]:8.3f}" if row.get(c) is not None else f"{'-':>8}" for c in columns)]))
-    return "\n".join(lines)

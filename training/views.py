@@ -87,3 +87,23 @@ def contrast(
     positive = (row[:first, None] == row) | ((label[:first, None] == label) & (label[:first, None] >= 0))
     projected = head(torch.cat([z, extra]))
     return info_nce(projected[:first], projected, positive, temperature)
+
+
+def perturb_features(
+    x: Tensor, rng: torch.Generator, kind: str = "gaussian", noise: tuple[float, float] = (0.1, 0.3), drop: tuple[float, float] = (0.2, 0.2)
+) -> Tensor:
+    """CLUDI's view of every row of features x (..., n). Two forms:
+
+    gaussian: coordinates are set to zero, then noise whose variance is uniform in `noise` is added (paper). direction: a vector of
+    random direction whose length is uniform in `noise`, in units of the rows' root mean square norm, is added, then coordinates are
+    set to zero (released code, whose rows have norm 1). The share of zeroed coordinates is uniform in `drop`, one draw a row.
+    """
+    row = (*x.shape[:-1], 1)
+    uniform = lambda low, high, shape: low + (high - low) * torch.rand(shape, generator=rng, device=x.device, dtype=x.dtype)  # noqa: E731
+    keep = uniform(0, 1, x.shape) >= uniform(*drop, row)
+    jitter = torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
+    amount = uniform(*noise, row)
+    if kind == "gaussian":
+        return x * keep + amount.sqrt() * jitter
+    length = x.square().sum(-1).mean().sqrt()
+    return (x + amount * length * F.normalize(jitter, dim=-1)) * keep

@@ -239,6 +239,18 @@ def test_features(tmp_path):
     assert data.load(f"features-lt:{path}").counts == (10, 4, 2, 1)
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64])
+def test_features_are_mapped_where_they_are_stored_plainly(tmp_path, order, dtype):
+    features = np.asarray(10 * np.random.RandomState(0).randn(50, 7), dtype=dtype, order=order)
+    for save, mapped in ((np.savez, True), (np.savez_compressed, False)):
+        path = tmp_path / f"{save.__name__}.npz"
+        save(path, first=np.arange(3), features=features, labels=np.repeat(np.arange(5), 10))
+        found = data._mapped(path, "features")
+        assert isinstance(found, np.memmap) == mapped and np.array_equal(found, features)
+        assert torch.equal(data.load(f"features:{path}").features, torch.from_numpy(features.astype(np.float32)))
+
+
 GOOD = np.zeros((4, 3), dtype=np.float32), np.array([0, 1, 2, 1])
 NAN = np.where(np.arange(12).reshape(4, 3) == 7, np.nan, 0)
 

@@ -107,6 +107,41 @@ def test_class_mass(tmp_path, drawn):
         plots.class_mass(tmp_path / "m", truth, {"guided": [0.5, 0.5]})
 
 
+@pytest.mark.parametrize("n", [1, 5, 60])
+def test_assignments(tmp_path, drawn, n):
+    z = torch.randn(n, 8, generator=torch.Generator().manual_seed(0))
+    label = np.arange(n) % 3
+    assert is_picture(plots.assignments(tmp_path / "e.png", z, label, label[::-1].copy(), at_most=50))
+    left, right = drawn[0].axes[:2]
+    shown = min(n, 50)
+    assert (left.get_title(), right.get_title()) == ("coloured by cluster", "coloured by class")
+    assert len(left.collections[0].get_offsets()) == shown
+    assert any(f"{shown} of {n} rows" in word for word in texts(drawn[0]))
+    assert is_picture(plots.assignments(tmp_path / "same", torch.ones(9, 4), np.zeros(9, int), np.arange(9)))
+
+
+def test_confusion_is_after_matching(tmp_path, drawn):
+    label, truth = np.array([1, 1, 1, 0, 0, 2]), np.array([0, 0, 0, 1, 1, 1])
+    assert is_picture(plots.confusion(tmp_path / "c", label, truth))
+    axes = drawn[0].axes[0]
+    assert axes.get_title() == "Clusters matched to classes, ACC 0.833"
+    image = axes.images[0].get_array()
+    assert image[0].tolist() == [100, 0, 0] and image[1].tolist() == pytest.approx([0, 200 / 3, 100 / 3])
+    assert {"3", "2", "1"} <= {text.get_text() for text in axes.texts}
+
+
+def test_averaging_and_sweep(tmp_path, drawn):
+    samples = {"count": [1, 2, 4], "clean": [[0.5, 0.7], [0.7, 0.7], [0.8, 0.8]], "augmented": [[0.2, 0.2], [0.4, 0.4], [0.6, 0.6]]}
+    assert is_picture(plots.averaging(tmp_path / "a", samples))
+    lines = {line.get_label(): line[0].get_ydata().tolist() for line in drawn[0].axes[0].containers}
+    assert lines["clean"] == pytest.approx([0.6, 0.7, 0.8]) and lines["augmented"] == pytest.approx([0.2, 0.4, 0.6])
+    panels = {"F^2": {"digits": {4.0: [0.5, 0.6], 25.0: [0.9, 0.9]}}, "d": {"digits": {8.0: [0.1, 0.3]}}}
+    assert is_picture(plots.sweep(tmp_path / "s", panels, title="two options"))
+    left, right = drawn[1].axes
+    assert left.containers[0][0].get_ydata().tolist() == pytest.approx([0.55, 0.9]) and right.get_xlabel() == "d"
+    assert {"two options", "4", "25"} <= set(texts(drawn[1])) and any("over 2 seeds" in word for word in texts(drawn[1]))
+
+
 def test_nothing_global_changes(tmp_path):
     before = dict(matplotlib.rcParams)
     z, *_ = data.synthetic_latents("moons", 50)
