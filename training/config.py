@@ -174,7 +174,7 @@ class CLUDIConfig(RunConfig):
     sqrt_mode: Literal["paper", "betas"] = code("betas", paper="paper")  # Eq. 12 as printed, or through clipped betas (L1)
     noise_scale_f2: float = ours(100.0, paper=25.0, gt=0)  # F^2 of Eq. 6, 7, 15, a variance (L3)
     noise_std: float | None = paper(None, code=49.0, gt=0)  # F; when given it replaces --noise-scale-f2 (L3)
-    replicas: int = ours(2, code=8, ge=1)  # B: assignments of each row in a step of training
+    replicas: int = ours(2, paper=4, code=8, ge=1)  # B: assignments of each row in a step of training
     teacher_steps: int = ours(4, paper=25, ge=1)  # S
     clip_z0: bool = paper(False, code=True)  # the teacher's predicted z_0 is clamped to +-1 (L10)
 

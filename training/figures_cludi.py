@@ -92,6 +92,7 @@ def summarise(results: dict[str, dict[int, dict]], settings: CLUDIConfig, seeds:
         "settings": config.identity(settings),
         "tables": tables,
         "smallest_cluster_share": {part: [run["smallest_cluster_share"] for run in runs[part]] for part in PARTS},
+        "restarts": {part: [run["restarts"] for run in runs[part]] for part in PARTS},
         "samples": {"count": samples[0]["count"], **means},  # one value a seed, the mean over its choices of samples
         "sweeps": sweeps,
         "seconds": {part: [run["seconds"] for run in own] for part, own in runs.items()},
@@ -107,8 +108,8 @@ def markdown(summary: dict) -> str:
     lines += [row(name, summary["samples"][name]) for name in ("clean", "augmented")] + [""]
     for option, own in summary["sweeps"].items():
         lines += [*heading(f"{option}, digits", *own), row(f"ACC, {SWEEP_SEEDS} seeds", list(own.values())), ""]
-    lines += heading("digits", "smallest cluster / its uniform share")
-    lines.append(row("CLUDI", [summary["smallest_cluster_share"]["digits"]]))
+    lines += heading("five seeds", "smallest cluster / its uniform share")
+    lines += [row(f"CLUDI, {part}", [shares]) for part, shares in summary["smallest_cluster_share"].items()]
     return "\n".join(lines) + "\n"
 
 

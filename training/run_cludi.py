@@ -29,7 +29,7 @@ def cludi(settings: CLUDIConfig, preset: CLUDIConfig, encoder_from: Path | None 
     """Train, evaluate and write everything; returns what metrics.json holds. encoder_from: a run of the same data, seed and encoder."""
     began = time.perf_counter()
     rows = load_rows(settings, settings.feature_width)
-    check_clusters("cludi", settings, rows.train)
+    check_clusters("cludi", settings, rows.train, least=2)
     clusters = settings.clusters or rows.train.num_classes
     prior = class_prior(settings, rows.train, clusters).to(settings.device)
     extractor = Features(rows.train, settings)
@@ -122,7 +122,10 @@ def class_prior(settings: CLUDIConfig, dataset: data.Dataset, clusters: int) -> 
         raise ValueError(f"cludi: class_prior needs one entry a cluster, {clusters}; got {len(values)} {what}")
     if min(values) == 0:
         raise ValueError(f"cludi: class_prior empirical needs rows of every class; class {values.index(0)} has none")
-    return torch.tensor(values) / sum(values)
+    shares = [value / max(values) for value in values]
+    if min(shares) < 1e-30:  # float32 would take it for none at all
+        raise ValueError(f"cludi: class_prior must be within a factor of 1e30; got {min(values)} beside {max(values)}")
+    return torch.tensor(shares) / sum(shares)
 
 
 def dgd_settings(settings: CLUDIConfig, **more) -> DGDConfig:

@@ -41,11 +41,11 @@ def load_rows(settings: RunConfig, width: int | None = None) -> Rows:
     return Rows(train, held, dataset)
 
 
-def check_clusters(method: str, settings: RunConfig, dataset: data.Dataset) -> None:
+def check_clusters(method: str, settings: RunConfig, dataset: data.Dataset, least: int = 1) -> None:
     """What can only be checked once the data are there."""
     clusters = settings.clusters or dataset.num_classes
-    if clusters > len(dataset):
-        raise ValueError(f"{method}: clusters must be in [1, N]; got {clusters} with N={len(dataset)}")
+    if not least <= clusters <= len(dataset):
+        raise ValueError(f"{method}: clusters must be in [{least}, N]; got {clusters} with N={len(dataset)}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{method}: device cuda needs a GPU and a torch built for it; found none, use --device cpu")
 

@@ -74,33 +74,78 @@ def test_ddim_with_eta_1_is_the_exact_posterior():
 
 
 class Oracle(torch.nn.Module):
-    """Predicts the same z_0 always."""
+    """Predicts the same z_0 always, and remembers what it was given."""
 
     def __init__(self, z0):
         super().__init__()
-        self.z0, self.dim = z0, z0.shape[-1]
+        self.z0, self.dim, self.seen = z0, z0.shape[-1], []
 
     def condition(self, x):
         return x
 
     def forward(self, z_t, h, t, guess):
+        self.seen.append((z_t, int(t[0]), guess))
         return self.z0.expand_as(z_t)
 
 
 @pytest.mark.parametrize("mode", ["paper", "betas"])
 def test_an_oracle_is_returned_exactly_and_on_its_way_the_noise_has_the_right_variance(mode):
-    settings = CLUDIConfig(noise_scale_f2=9.0, sqrt_mode=mode)
+    settings = CLUDIConfig(noise_scale_f2=9.0, sqrt_mode=mode, self_conditioning=1.0)
     z0, x, rng = torch.randn(1, 4000, 8), torch.zeros(4000, 3), torch.Generator().manual_seed(0)
-    method = CLUDI(settings, torch.full((4,), 0.25))
-    assert torch.equal(method.denoise(Oracle(z0), x, 2, 25, rng), z0.expand(2, -1, -1))
+    method, oracle = CLUDI(settings, torch.full((4,), 0.25)), Oracle(z0)
+    assert torch.equal(method.denoise(oracle, x, 2, 25, rng), z0.expand(2, -1, -1))
+    assert [t for _, t, _ in oracle.seen] == method.diffusion.times(25)[:-1]
+    for i, (z, t, guess) in enumerate(oracle.seen):
+        at = float(method.diffusion.alpha_bar[t])
+        assert float((z - math.sqrt(at) * z0).var()) == pytest.approx(9.0 * (1 - at), rel=0.03)  # 64000 draws: sd .006
+        assert torch.equal(guess, z0.expand_as(guess) if i else torch.zeros_like(guess))  # the step before; none before the first
 
-    schedule, times = method.diffusion, method.diffusion.times(25)
-    z = settings.std * torch.randn(z0.shape, generator=rng)
-    for t, s in zip(times[:13], times[1:13], strict=False):
-        mean, variance = schedule.reverse_x0(z, z0, t, s)
-        z = mean + settings.std * math.sqrt(variance) * torch.randn(z0.shape, generator=rng)
-    at = float(schedule.alpha_bar[s])
-    assert float((z - math.sqrt(at) * z0).var()) == pytest.approx(9.0 * (1 - at), rel=0.03)  # 32000 draws: sd .008
+
+def test_the_student_sees_eq_15_and_a_guess_of_its_own():
+    settings = CLUDIConfig(noise_scale_f2=9.0, self_conditioning=1.0, dropout=0.0)
+    z0, t = torch.randn(2, 4000, 8), torch.tensor([300, 300])
+    method, oracle = CLUDI(settings, torch.full((4,), 0.25)), Oracle(torch.randn(1, 4000, 8))
+    oracle.condition = lambda x, *_: x
+    method.study(oracle, torch.randn(4000, 3), z0, t, torch.Generator().manual_seed(0))
+    (first, _, nothing), (z, _, guess) = oracle.seen
+    at = float(method.diffusion.alpha_bar[300])
+    assert torch.equal(first, z) and torch.equal(guess, oracle.z0.expand_as(guess)) and not nothing.any()
+    assert float((z - math.sqrt(at) * z0).var()) == pytest.approx(9.0 * (1 - at), rel=0.03)
+    method = CLUDI(dataclasses.replace(settings, self_conditioning=0.0), torch.full((4,), 0.25))
+    oracle.seen.clear()
+    method.study(oracle, torch.randn(4000, 3), z0, t, torch.Generator().manual_seed(0))
+    assert len(oracle.seen) == 1 and not oracle.seen[0][2].any()
+
+
+@pytest.mark.parametrize("preset", ["default", "cludi-paper", "cludi-code"])
+def test_the_loss_is_eq_27(preset):
+    """From the teacher's and the student's answers, term by term."""
+    config_ = dataclasses.replace(CLUDI_PRESETS[preset], teacher_steps=3, replicas=3)
+    net, x = small_net(d=16), torch.randn(12, 6)
+    method = CLUDI(config_, torch.full((10,), 0.1))
+    total, parts = method.loss(net, x, torch.Generator().manual_seed(1))
+
+    rng = torch.Generator().manual_seed(1)
+    z0, teacher = method.teach(net, x, rng)
+    t = torch.randint(1, 1001, (3,), generator=rng)
+    predicted = method.study(net, x, z0, t, rng)
+    student = net.head(predicted)
+    snr = method.diffusion.snr(t).float()
+    weight = {"min_x0": snr.clamp(max=5), "paper_max": snr.clamp(min=5) / (snr + 1)}[config_.snr_weight]
+    weight = weight / 49 if preset == "cludi-code" else weight
+    target = predicted if preset == "cludi-paper" else 4 * F.normalize((student / config_.tau).softmax(-1) @ net.embedding, dim=-1)
+    square = (z0 - target).square()
+    dif = (weight[:, None] * (square.sum(-1) if preset == "cludi-paper" else square.mean(-1))).mean()
+    pairs = [(b, b) for b in range(3)] if preset == "cludi-paper" else [(a, b) for a in range(3) for b in range(3)]
+    rows = (1,) if preset == "cludi-code" else (0, 1)
+    prior = method.log_prior
+    q, p = (class_targets(v, config_.tau_col, prior, rows) for v in (teacher, student))
+    log_q, log_p = (log_predictions(v, config_.tau, prior, rows) for v in (teacher, student))
+    terms = [-0.5 * weight[b] * (q[a] * log_p[b] + p[b] * log_q[a]).sum(-1).mean() for a, b in pairs]
+    cls = torch.stack(terms).mean()
+    torch.testing.assert_close(parts["loss_dif"], dif, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parts["loss_cls"], cls, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(total, dif + config_.lam * cls, rtol=1e-4, atol=1e-6)
 
 
 def test_the_released_grid_and_its_times():
@@ -295,7 +340,8 @@ DISAGREEMENTS = {  # field: (paper, code)
     "avg": ("probs", "logits"),  # L11
 }
 SETTINGS = {  # not disagreements of method: numbers that both state, differently
-    "embedding_dim": (None, 64), "eval_steps": (100, 50), "feature_norm": ("none", "l2"), "augment": ("gaussian", "direction"),
+    "replicas": (4, 8), "embedding_dim": (None, 64), "eval_steps": (100, 50),
+    "feature_norm": ("none", "l2"), "augment": ("gaussian", "direction"),
     "aug_noise_min": (0.1, 0.2), "aug_noise_max": (0.3, 1.0), "aug_drop_min": (0.2, 0.05), "aug_drop_max": (0.2, 0.1),
 }  # fmt: skip
 
@@ -492,6 +538,13 @@ def test_figures_run_what_is_missing_and_share_the_encoder(tmp_path, capsys, mon
     assert "was made with other settings (tau: 0.1 != 0.2)" in capsys.readouterr().err
 
 
+def test_one_class_is_nothing_to_cluster(tmp_path, capsys):
+    np.savez(tmp_path / "one.npz", features=np.random.default_rng(0).standard_normal((20, 4)), labels=np.zeros(20, np.int64))
+    command = ["cludi", "--dataset", f"features:{tmp_path / 'one.npz'}", "--out", str(tmp_path / "run"), "--no-progress"]
+    assert main(command) == 2 and "cludi: clusters must be in [2, N]; got 1 with N=20" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_class_priors(file):
     rows = load_rows(CLUDIConfig(dataset="digits-lt")).train
     prior = lambda text, clusters=10: run_cludi.class_prior(CLUDIConfig(class_prior=text), rows, clusters)  # noqa: E731
@@ -513,9 +566,10 @@ WRONG = {
     "--self-conditioning 1.5": "config: self_conditioning must be <= 1; got 1.5",
     "--class-prior some": "config: class_prior must be uniform, empirical or numbers > 0 separated by commas; got 'some'",
     "--class-prior 1,0": "separated by commas; got '0'",
+    "--class-prior 1e-60,1 --clusters 2": "cludi: class_prior must be within a factor of 1e30; got 1e-60 beside 1.0",
     "--class-prior 1,2,3": "cludi: class_prior needs one entry a cluster, 10; got 3 numbers",
     "--class-prior empirical --clusters 7": "cludi: class_prior needs one entry a cluster, 7; got 10 classes",
-    "--clusters 800": "cludi: clusters must be in [1, N]; got 800 with N=707",
+    "--clusters 800": "cludi: clusters must be in [2, N]; got 800 with N=707",
     "--preset tiny": "cludi: --preset must be one of default, short, cludi-paper, cludi-code; got 'tiny'",
     "--data mnist": "dataset: expected one of digits",
     "--data features:/absent.npz": "no such file: /absent.npz",
