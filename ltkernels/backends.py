@@ -35,7 +35,7 @@ TORCH_SCHEMAS = (  # torch ops on every backend: preparation and the bilinear pi
 _PUBLIC_NAMES = {"knn": "knn", "knn_kde": "knn_kde_grad"}  # what errors and routes call an op of SCHEMAS
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MAX_K, MAX_D = 256, 4096  # cuda and triton keep a query's k best in registers and shared memory
-OLDEST_TRITON_SM_100 = (3, 8)  # 3.6 and 3.7 fail in a pass over the layouts of tensor memory (python -m tests.aot --triton 3.7.1)
+OLDEST_TRITON_SM_100 = (3, 8)  # 3.6.0 and 3.7.1 do not compile the filter (python -m tests.aot --triton 3.7.1)
 MAX_N = 2**31 - 129  # and number the rows of the bank, padded to whole tiles, in 32 bits
 
 _library_public = torch.library.Library("ltkernels", "DEF")

@@ -1,6 +1,5 @@
 """Draws tests/bug_wall.png: which layer notices which of the bugs planted in tests/simt/planted.cuh. `python tests/bug_wall.py`"""
 
-import json
 import sys
 from pathlib import Path
 
@@ -26,10 +25,7 @@ SHORT = {  # the verdict's words -> a cell's
 
 def verdicts() -> dict[str, dict[str, str]]:
     """layer -> bug -> what it said, empty for a bug that went unnoticed."""
-    found = {}
-    for flavour in planted.LAYERS:
-        done = simt_host.python(flavour, "planted.py", flavour, simt_host.build(planted.ENTRY, flavour))
-        found |= json.loads(done.stdout)
+    found = planted.every_layer()
     module, library = nvcc_ptx.module(planted.ENTRY, 80), simt_host.load(simt_host.build(planted.ENTRY))
     found["nvcc's PTX"] = {bug: verdict(module, library, bug) for bug in planted.BUGS}
     return found

@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return {"dgd": _dgd, "cludi": _cludi, "features": _features, "figures": _figures, "fetch": _fetch}[name](rest)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         return _complain(str(error))
+    except KeyboardInterrupt:  # of a command without checkpoints
+        print(f"\n{name}: stopped", file=sys.stderr)
+        return 130
 
 
 def _complain(message: str) -> int:

@@ -86,5 +86,16 @@ def verdicts(flavour: str, library: ctypes.CDLL) -> dict[str, dict[str, str]]:
     }
 
 
+def every_layer() -> dict[str, dict[str, str]]:
+    """{layer: {bug: verdict}} of all flavours."""
+    found = {}
+    for flavour in LAYERS:
+        done = simt_host.python(flavour, "planted.py", flavour, simt_host.build(ENTRY, flavour))
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        found |= json.loads(done.stdout)
+    return found
+
+
 if __name__ == "__main__":
     print(json.dumps(verdicts(sys.argv[1], simt_host.load(sys.argv[2]))))

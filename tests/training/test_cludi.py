@@ -538,6 +538,14 @@ def test_figures_run_what_is_missing_and_share_the_encoder(tmp_path, capsys, mon
     assert "was made with other settings (tau: 0.1 != 0.2)" in capsys.readouterr().err
 
 
+def test_a_command_without_checkpoints_can_be_stopped(monkeypatch, capsys):
+    def stopped(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.features.main", stopped)
+    assert main(["features"]) == 130 and "features: stopped" in capsys.readouterr().err
+
+
 def test_one_class_is_nothing_to_cluster(tmp_path, capsys):
     np.savez(tmp_path / "one.npz", features=np.random.default_rng(0).standard_normal((20, 4)), labels=np.zeros(20, np.int64))
     command = ["cludi", "--dataset", f"features:{tmp_path / 'one.npz'}", "--out", str(tmp_path / "run"), "--no-progress"]
