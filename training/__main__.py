@@ -126,12 +126,30 @@ def parse(arguments: list[str], command: str, kind: type, presets: dict):
         raise ValueError(f"{command}: --preset must be one of {', '.join(presets)}; got {name!r}")
     preset = presets[name]
     rest = [re.sub(r"^--data(?=$|=)", "--dataset", word) for word in rest]  # a shorter name for the option that is given most
+    rest = imbalance_ratio(rest)
     text = f"{kind.__doc__}\n\nPresets: --preset {{{','.join(presets)}}}."
     settings = tyro.cli(kind, default=preset, args=rest, prog=f"python -m training {command}", description=text)
     stored = config.run_folder(settings, command) / "config.json"
     if settings.resume and stored.is_file() and chosen.preset is None:
         settings = tyro.cli(kind, default=config.read(stored, kind), args=rest, prog=f"python -m training {command}")
     return settings, preset
+
+
+def imbalance_ratio(words: list[str]) -> list[str]:
+    """--imb-factor f, as LDAM and CBDM have it, is --imbalance-ratio 1/f."""
+    from .data import resolve_imbalance
+
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--imb-factor=") else [word])]
+    if "--imb-factor" not in words[:-1]:
+        return words
+    at = words.index("--imb-factor")
+    if any(re.match(r"--imbalance[-_]ratio", word) for word in words):
+        raise ValueError("imbalance: give --imbalance-ratio or --imb-factor, not both")
+    try:
+        ratio = resolve_imbalance(imb_factor=float(words[at + 1]))
+    except ValueError as error:
+        raise ValueError(f"--imb-factor: {error}") from error
+    return [*words[:at], "--imbalance-ratio", repr(round(ratio, 9)), *words[at + 2 :]]
 
 
 def _figures(arguments: list[str]) -> int:

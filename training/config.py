@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 PROVENANCE = ("paper", "code", "ours")
 BANDWIDTHS = ("knn-median", "scott")  # rules of ltkernels.knn_bandwidth
+TABLE5_ORDER = "7,2,6,4,5,3,9,0,1,8"  # of CIFAR-10: horse, bird, frog, deer, dog, cat, truck, airplane, automobile, ship
 _LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "ge": (">=", lambda value, limit: value >= limit),
     "gt": (">", lambda value, limit: value > limit),
@@ -260,8 +261,11 @@ class ImageConfig(RunConfig):
     paper and code disagree, see training/README.md.
     """
 
-    imbalance_ratio: float = ours(20.0, paper=100.0, ge=1)  # head : tail of the -lt data sets; --imb-factor .01 is 100
-    class_order: str | None = ours(None)
+    dataset: str = ours("digits-lt", paper="cifar10-lt", tables=("cifar100-lt", "tiny-imagenet-lt", "imagenet-lt"))
+    """digits-lt, cifar10-lt, cifar100-lt, tiny-imagenet-lt, each also without -lt, imagenet-lt or folder[-lt]:PATH"""
+    imbalance_ratio: float = ours(20.0, paper=100.0, tables=(1000.0,), ge=1)
+    """head : tail of the -lt data sets; --imb-factor .05 is --imbalance-ratio 20"""
+    class_order: str | None = ours(None, tables=(TABLE5_ORDER,))
     """classes from head to tail: numbers with commas, reversed, or seed:N; default: as numbered (Table 5 has another one)"""
 
     # Diffusion.
@@ -280,7 +284,8 @@ class ImageConfig(RunConfig):
     augment_p: float = code(0.12, gt=0)  # probability of each
 
     # Optimisation: Adam.
-    steps: int = ours(5000, paper=300_000, code=200_000, ge=1)  # the paper follows CBDM; OC_LT evaluates its checkpoint of 200000 (D8)
+    steps: int = ours(5000, paper=300_000, code=200_000, tables=(100_000, 400_000), ge=1)
+    """the paper follows CBDM, whose code makes 300000; OC_LT evaluates its checkpoint of 200000 (D8)"""
     batch_size: int = code(128, paper=64, ge=1)  # of all ranks together (D8)
     lr: float = ours(1e-3, code=2e-4, gt=0)  # constant after the warm-up
     warmup: int = ours(200, code=5000, ge=0)  # steps in which the learning rate rises
@@ -297,7 +302,7 @@ class ImageConfig(RunConfig):
     grid_every: int = ours(0, ge=0)  # steps between pictures of samples from one fixed noise; 0: none
 
     # Samples, from the averaged weights.
-    samples: int = ours(2000, paper=50_000, ge=1)
+    samples: int = ours(2000, paper=50_000, tables=(10_000, 20_000), ge=1)
     sample_labels: Literal["equal", "uniform"] = paper("equal", code="uniform")  # as many of each class, or drawn
     sampler: Literal["ddim", "ddpm"] = paper("ddim")
     sample_steps: int = paper(100, ge=1)
@@ -327,6 +332,8 @@ class DDPMConfig(ImageConfig):
     The defaults train well on digits within minutes; the presets hold the rows of the tables of 001.
     """
 
+    omega: float = ours(0.5, paper=1.5, code=0.8)  # w of (1 + w) eps(x, y) - w eps(x); code: CBDM's, for DDPM
+
 
 @dataclass(frozen=True)
 class CBDMConfig(ImageConfig):
@@ -335,6 +342,7 @@ class CBDMConfig(ImageConfig):
     The defaults train well on digits within minutes; the presets hold the rows of the tables of 001.
     """
 
+    omega: float = ours(0.5, paper=1.5, code=1.6)  # w of (1 + w) eps(x, y) - w eps(x); code: CBDM's, 2 after fine-tuning
     cb_tau: float = code(1.0, ge=0)  # tau of tau t / T (D12)
     cb_sampling: Literal["train", "uniform", "sqrt"] = code("train")
     """the other label: by the training set's frequencies (from scratch), uniform (when fine-tuning), by their square roots"""
@@ -494,9 +502,44 @@ CLUDI_PRESETS = {
     "cludi-code": as_in("code", CLUDIConfig),
 }
 
+DATASETS_001 = {  # of Tables 2, 3, 7 of 001, with the number of generated images
+    "table2-cifar10": {"dataset": "cifar10-lt"},
+    "table2-cifar10-1000": {"dataset": "cifar10-lt", "imbalance_ratio": 1000.0},
+    "table2-cifar100": {"dataset": "cifar100-lt"},
+    "table3-tiny-imagenet": {"dataset": "tiny-imagenet-lt", "image_size": 64, "samples": 10_000},
+    "table5-cifar10": {"dataset": "cifar10-lt", "class_order": TABLE5_ORDER},
+    "table7-imagenet": {"dataset": "imagenet-lt", "image_size": 64, "samples": 20_000},
+}
+ROWS_001 = {  # of Table 1, and the plain models that Table 8 starts from, whose figures are those of rows A and G (D9)
+    "ddpm": {
+        "table1-a": {"conditional": False},
+        "table1-b": {"conditional": False, "batch_resample": "balanced"},
+        "table1-f": {},
+        "table1-g": {"batch_resample": "balanced"},
+        **{f"table8-plain-uncond-{n}k": {"conditional": False, "steps": n * 1000} for n in (100, 200, 300, 400)},
+        **{f"table8-plain-cond-{n}k": {"batch_resample": "balanced", "steps": n * 1000} for n in (100, 200, 300, 400)},
+    },
+    "cbdm": {},
+    "t2h": {
+        "table1-c": {"conditional": False, "transfer_mode": "full"},
+        "table1-d": {"conditional": False},
+        "table1-e": {"conditional": False, "transfer_mode": "h2t"},
+        "table1-h": {"transfer_mode": "h2t"},
+        "table1-i": {"transfer_mode": "full"},
+        "table1-j": {},
+        "table8-uncond": {"conditional": False, "transfer_mode": "h2t"},  # with --finetune RUN
+        "table8-cond": {},
+    },
+}
+
 
 def image_presets(method: str, kind: type[ImageConfig]) -> dict[str, ImageConfig]:
-    return {"default": kind(), "short": kind(steps=300, samples=200, sample_steps=25)}
+    """Of the tables: what the paper states, the released code where it is silent; batches and steps of OC_LT's README, the budget that
+    can be checked. 300k holds the other reading, CBDM's budget (D8); code what the released code does."""
+    stated, released = (dataclasses.replace(as_in(source, kind), checkpoint_every=5000) for source in ("paper", "code"))
+    readme = dataclasses.replace(stated, batch_size=128, steps=200_000)
+    rows = {name: dataclasses.replace(readme, **row) for name, row in {**ROWS_001[method], **DATASETS_001}.items()}
+    return {"default": kind(), "short": kind(steps=300, samples=200, sample_steps=25), "300k": stated, "code": released, **rows}
 
 
 IMAGE_PRESETS = {name: image_presets(name, kind) for name, kind in (("ddpm", DDPMConfig), ("cbdm", CBDMConfig), ("t2h", T2HConfig))}

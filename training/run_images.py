@@ -41,7 +41,7 @@ def images(method: str, settings: ImageConfig, preset: ImageConfig) -> dict | No
         if ranks.rank() == 0:  # last of what can go wrong: a wrong call leaves no folder behind
             open_folder(method, settings, preset, dataset)
             stage.picture = lambda step: grid(folder, modules["ema"], settings, dataset, step)
-                for name, text in stage.notes().items():
+            for name, text in stage.notes().items():
                 print(f"{name.replace('_', ' ')}: {text}", flush=True)
         ranks.wait()
         train(stage, folder, seed=settings.seed, checkpoint_every=settings.checkpoint_every, progress=settings.progress)

@@ -175,6 +175,8 @@ class Calibrate(Denoise):
         )
         clean = mirrored(transfer.clean, batch.flipped) if self.config.reference == "bank" else transfer.clean
         moved = transfer.moved.float()
+        if self.config.transfer_estimator == "sample":  # a balanced batch holds tail images twice: the copy is no other target
+            moved = moved * (transfer.clean != x0).flatten(1).any(1)
         self.count(batch.t, moved)
         target = ltkernels.denoising_target(batch.x_t, clean, batch.scale, batch.std, prediction=self.config.prediction)
         return target, {"moved": moved.mean()}
