@@ -37,7 +37,7 @@ class CBDM:
     def loss(self, output: Tensor, other: Tensor, t: Tensor, kept: Tensor | None = None) -> Tensor:
         """Mean over the rows of outputs for y and y' (B, ...), at times t (B,) in 1..T. `kept` (B,): rows whose label was not dropped; the
         others count as 0."""
-        weight = self.tau * (t - 1) / self.steps
+        weight = self.tau * (t - 1).to(output.dtype) / self.steps
         weight = weight if kept is None else weight * kept
         pulled = (output - other.detach()).square().flatten(1).mean(1)
         pulling = (output.detach() - other).square().flatten(1).mean(1)
