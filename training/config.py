@@ -542,4 +542,5 @@ def image_presets(method: str, kind: type[ImageConfig]) -> dict[str, ImageConfig
     return {"default": kind(), "short": kind(steps=300, samples=200, sample_steps=25), "300k": stated, "code": released, **rows}
 
 
-IMAGE_PRESETS = {name: image_presets(name, kind) for name, kind in (("ddpm", DDPMConfig), ("cbdm", CBDMConfig), ("t2h", T2HConfig))}
+IMAGE_CONFIGS = {"ddpm": DDPMConfig, "cbdm": CBDMConfig, "t2h": T2HConfig}
+IMAGE_PRESETS = {name: image_presets(name, kind) for name, kind in IMAGE_CONFIGS.items()}

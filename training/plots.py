@@ -145,7 +145,7 @@ def tiles(path: str | Path, images: Array, *, columns: int = 8) -> Path:
     """Images (N, C, H, W) uint8 side by side, without a frame or a word: many of them are written while a run trains."""
     from PIL import Image
 
-    images = _numpy(images).transpose(0, 2, 3, 1)  # (N, H, W, C)
+    images = np.asarray(images, dtype=np.uint8).transpose(0, 2, 3, 1)  # (N, H, W, C)
     scale = max(1, 48 // images.shape[1])
     images = np.pad(images.repeat(scale, 1).repeat(scale, 2), ((0, -len(images) % columns), (0, 2), (0, 2), (0, 0)), constant_values=255)
     _, height, width, channels = images.shape

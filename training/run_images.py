@@ -24,7 +24,7 @@ from .networks import build_denoiser
 from .runfolder import open_folder
 
 STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate}
-CONFIGS = {"ddpm": config.DDPMConfig, "cbdm": config.CBDMConfig, "t2h": config.T2HConfig}
+CONFIGS = config.IMAGE_CONFIGS
 SCORES = ("fid", "fid_head", "fid_med", "fid_tail", "is", "f8", "f1_8", "precision", "recall", "memorisation")
 
 
@@ -38,10 +38,11 @@ def images(method: str, settings: ImageConfig, preset: ImageConfig) -> dict | No
             start_from(Path(settings.finetune), modules)
         stage = STAGES[method](dataset, modules, settings)
         folder = config.run_folder(settings, method)
+        notes = stage.notes()  # while there are ranks to speak of
         if ranks.rank() == 0:  # last of what can go wrong: a wrong call leaves no folder behind
             open_folder(method, settings, preset, dataset)
             stage.picture = lambda step: grid(folder, modules["ema"], settings, dataset, step)
-            for name, text in stage.notes().items():
+            for name, text in notes.items():
                 print(f"{name.replace('_', ' ')}: {text}", flush=True)
         ranks.wait()
         train(stage, folder, seed=settings.seed, checkpoint_every=settings.checkpoint_every, progress=settings.progress)
@@ -51,7 +52,7 @@ def images(method: str, settings: ImageConfig, preset: ImageConfig) -> dict | No
     samples, labels = draw_samples(modules["ema"], settings, dataset.images.shape[1:], dataset.num_classes)
     write_samples(folder, samples, labels)
     report = {
-        "method": method, "dataset": dataset.name, "counts": list(dataset.counts), **stage.notes(), **stage.report(), "baselines": {},
+        "method": method, "dataset": dataset.name, "counts": list(dataset.counts), **notes, **stage.report(), "baselines": {},
     }  # fmt: skip
     report["seconds"] = round(time.perf_counter() - began, 1)
     draw(folder, report)
