@@ -7,7 +7,7 @@ rows. With one process all of this does nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -76,3 +76,15 @@ def first_signal(received: Sequence[int]) -> int:
 def wait() -> None:
     """Until every rank is here."""
     first_signal(())
+
+
+def on_the_first(job: Callable[[], object]) -> None:
+    """`job()` on the first rank, while the others wait. Where it fails, the others end as well, and leave the words to the first."""
+    error = None
+    if rank() == 0:
+        try:
+            job()
+        except Exception as caught:  # raised below, once the others know
+            error = caught
+    if first_signal([1] if error else []):
+        raise error or SystemExit(2)

@@ -39,18 +39,18 @@ def images(method: str, settings: ImageConfig, preset: ImageConfig) -> dict | No
         stage = STAGES[method](dataset, modules, settings)
         folder = config.run_folder(settings, method)
         notes = stage.notes()  # while there are ranks to speak of
-        if ranks.rank() == 0:  # last of what can go wrong: a wrong call leaves no folder behind
-            open_folder(method, settings, preset, dataset)
+        ranks.on_the_first(lambda: open_folder(method, settings, preset, dataset))  # a wrong call leaves no folder behind
+        if ranks.rank() == 0:
             stage.picture = lambda step: grid(folder, modules["ema"], settings, dataset, step)
             for name, text in notes.items():
                 print(f"{name.replace('_', ' ')}: {text}", flush=True)
-        ranks.wait()
         train(stage, folder, seed=settings.seed, checkpoint_every=settings.checkpoint_every, progress=settings.progress)
         if ranks.rank() > 0:
             return None
 
     samples, labels = draw_samples(modules["ema"], settings, dataset.images.shape[1:], dataset.num_classes)
     write_samples(folder, samples, labels)
+    plots.tiles(folder / "samples.png", samples[some_of_each(labels)])
     report = {
         "method": method, "dataset": dataset.name, "counts": list(dataset.counts), **notes, **stage.report(), "baselines": {},
     }  # fmt: skip
@@ -148,6 +148,11 @@ def write_samples(folder: Path, samples: Tensor, labels: Tensor) -> None:
             np.save(file, array.numpy())
 
 
+def some_of_each(labels: Tensor, count: int = 8, classes: int = 20) -> Tensor:
+    """Numbers of the first samples of each of the first classes."""
+    return torch.cat([(labels == label).nonzero().flatten()[:count] for label in labels.unique()[:classes]])
+
+
 def grid(folder: Path, net: nn.Module, settings: ImageConfig, dataset: data.Dataset, step: int) -> None:
     """Samples after `step` steps from the noise that every such picture starts from."""
     labels = torch.arange(dataset.num_classes).repeat_interleave(8)[:80]
@@ -178,7 +183,7 @@ def sample_run(run: Path, out: Path, raw_weights: bool = False, **changes) -> tu
     load_weights(run, {kind: modules[kind]})
     samples, labels = draw_samples(modules[kind], settings, shape, num_classes)
     write_samples(out, samples, labels)
-    plots.tiles(out / "samples.png", samples[:200])
+    plots.tiles(out / "samples.png", samples[some_of_each(labels)])
     return samples, labels
 
 

@@ -151,6 +151,17 @@ def test_means_and_sums(spawn, tmp_path):
     assert spawn(sums, 2, tmp_path / "ranks") == [([0.5, 0.5], [1, 2], 0), ([0.5, 0.5], [1, 2], 3)]
 
 
+def refused(rank, size, folder):
+    try:
+        ranks.on_the_first(lambda: 1 / (1 - size // 2))
+    except BaseException as error:
+        return type(error).__name__
+
+
+def test_what_fails_on_the_first_rank_ends_all(spawn, tmp_path):
+    assert spawn(refused, 2, tmp_path / "ranks") == ["ZeroDivisionError", "SystemExit"]
+
+
 def command(rank, size, folder, port, options):
     """What torchrun starts."""
     os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=str(port))

@@ -86,8 +86,8 @@ def test_prior_to_the_power_beta_is_the_released_weight():
         mean = T2H(LT, "t2h", "mean", beta=tau).transfer(x_t, x0, y, scale, std).clean
         torch.testing.assert_close(mean.flatten(1).double(), released @ x0.flatten(1).double(), rtol=0, atol=1e-5)
     for estimator in ("sample", "mean"):
-        zero, full = (T2H(LT, mode, estimator, beta).target(x_t, x0, y, scale, std, seed=5) for mode, beta in (("t2h", 0.0), ("full", None)))
-        assert torch.equal(zero, full)
+        zero, full = T2H(LT, "t2h", estimator, beta=0.0), T2H(LT, "full", estimator)
+        assert torch.equal(*(method.target(x_t, x0, y, scale, std, seed=5) for method in (zero, full)))
 
 
 @pytest.mark.parametrize("mode", ["t2h", "h2t", "full"])
