@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,13 +31,20 @@ class Transfer(NamedTuple):
     index: Tensor | None  # (B,) its row of the reference; None with the estimator "mean"
 
 
+class Reference(NamedTuple):
+    images: Tensor | ltkernels.Bank
+    points: Tensor  # (K, D) the same, one a row
+    labels: Tensor  # (K,)
+    own: Tensor  # (B,) rows that the noisy images were made from
+
+
 @dataclass(frozen=True, eq=False)
 class T2H:
     """class_counts (C,): rows of each class in the long-tailed training set, also where batches are resampled: with the batches' own
     frequencies every gate would be a tie. Ties pass (D4).
 
     mode: "t2h", "h2t", or "full", which has no gate. estimator: "sample" one image (Eq. 8), or the "mean" of what would be sampled (Eq. 6).
-    beta: prior q(y)^beta of Eq. 7 instead of the gate. cut_time: rows with t >= cut_time keep their own target (D6). uncond_mode: mode of
+    beta: prior q(y)^beta of Eq. 7 instead of any gate. cut_time: rows with t >= cut_time keep their own target (D6). uncond_mode: mode of
     rows whose label was dropped: "same", "none" or another mode (D5).
     """
 
@@ -73,18 +81,21 @@ class T2H:
         if reference is None:
             reference, reference_labels, self_index = x0, y, torch.arange(len(x0), device=x0.device)
         if reference_labels is None or self_index is None:
-            raise ValueError("T2H: a reference needs reference_labels and self_index; got none")
+            raise ValueError("T2H: a reference needs reference_labels and self_index; got None")
         if self.cut_time is not None and t is None:
             raise ValueError("T2H: cut_time needs the times t; got None")
         points = (reference.points if isinstance(reference, ltkernels.Bank) else reference).flatten(1)
-        choose = self._sampled if self.estimator == "sample" else self._mean
-        call = (x_t, reference, points, x0, y, scale, std, reference_labels, self_index, seed, row_offset)
-        found = choose(self.mode, *call)
+        source = Reference(reference, points, reference_labels, self_index)
+        choose = partial(self._mean, x_t, x0, y, scale, std, source)
+        if self.estimator == "sample":
+            if seed is None:  # one for both modes, so that which image a row would be given does not depend on them
+                seed = torch.randint(2**62, (), device=x_t.device)
+            choose = partial(self._sampled, x_t, x0, scale, std, source, seed, row_offset)
+        found = choose(self.mode)
         stay = Transfer(x0, torch.zeros_like(found.moved), self_index)
 
         if dropped is not None and self.uncond_mode not in ("same", self.mode):
-            # the same noise in both calls: which image a row would be given does not depend on the mode of others
-            found = _where(dropped, stay if self.uncond_mode == "none" else choose(self.uncond_mode, *call), found)
+            found = _where(dropped, stay if self.uncond_mode == "none" else choose(self.uncond_mode), found)
         if self.cut_time is not None:
             found = _where(t < self.cut_time, found, stay)
         return found if self.estimator == "sample" else found._replace(index=None)
@@ -95,23 +106,25 @@ class T2H:
         counts = torch.as_tensor(self.class_counts, dtype=torch.float64, device=labels.device)
         return (self.beta * (counts / counts.sum()).log())[labels].to(like)
 
-    def _sampled(self, mode, x_t, reference, points, x0, y, scale, std, labels, self_index, seed, row_offset) -> Transfer:
+    def _sampled(self, x_t, x0, scale, std, source: Reference, seed, row_offset: int, mode: str) -> Transfer:
         choice = ltkernels.score_select(
-            x_t, reference, scale, std, gate="full" if self.beta is not None else mode, labels=labels,
-            class_counts=torch.as_tensor(self.class_counts, device=labels.device), self_index=self_index,
-            log_prior=self._log_prior(labels, x_t), seed=seed, row_offset=row_offset,
+            x_t, source.images, scale, std, gate="full" if self.beta is not None else mode, labels=source.labels,
+            class_counts=torch.as_tensor(self.class_counts, device=x_t.device), self_index=source.own,
+            log_prior=self._log_prior(source.labels, x_t), seed=seed, row_offset=row_offset,
         )  # fmt: skip
         # x0 and not the reference's own row where nothing moved: a bank holds it without the augmentation of this step
-        clean = points[choice.index].to(x0.dtype).view_as(x0)
+        clean = source.points[choice.index].to(x0.dtype).view_as(x0)
         return Transfer(torch.where(_rows(choice.moved, x0), clean, x0), choice.moved, choice.index)
 
-    def _mean(self, mode, x_t, reference, points, x0, y, scale, std, labels, self_index, seed, row_offset) -> Transfer:
+    def _mean(self, x_t, x0, y, scale, std, source: Reference, mode: str) -> Transfer:
         """The mean of `_sampled`: what the gate refuses, the own image receives."""
+        _, points, labels, self_index = source
         prior = self._log_prior(labels, x_t)
-        p = ltkernels.p_sel(x_t, reference, scale, std, log_prior=prior)  # (B, K)
+        p = ltkernels.p_sel(x_t, source.images, scale, std, log_prior=prior)  # (B, K)
         own = p.gather(1, self_index[:, None])[:, 0]
         if self.beta is not None or mode == "full":
-            return Transfer(ltkernels.posterior_mean(x_t, reference, scale, std, log_prior=prior).view_as(x0), 1 - own, self_index)
+            mean = ltkernels.posterior_mean(x_t, source.images, scale, std, log_prior=prior)
+            return Transfer(mean.view_as(x0), 1 - own, self_index)
         q = torch.as_tensor(self.class_counts, device=labels.device)
         allowed = q[labels] >= q[y][:, None] if mode == "t2h" else q[labels] <= q[y][:, None]
         p = p * allowed
@@ -126,8 +139,7 @@ def _rows(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _where(rows: Tensor, one: Transfer, other: Transfer) -> Transfer:
-    parts = [torch.where(_rows(rows, mine), mine, theirs) for mine, theirs in zip(one, other, strict=True)]
-    return Transfer(*parts)
+    return Transfer(*(torch.where(_rows(rows, mine), mine, theirs) for mine, theirs in zip(one, other, strict=True)))
 
 
 class Calibrate(Denoise):
@@ -143,12 +155,12 @@ class Calibrate(Denoise):
         self.cache = {name: torch.zeros(BINS, dtype=torch.float64, device=self.x.device) for name in ("rows", "moved")}
 
     def notes(self):
-        own, whole = self.config.batch_size // ranks.size(), self.config.batch_size
-        if self.config.reference == "bank":
-            return {"reference_batch": f"the whole data set, {len(self.x)} images"}
-        if self.config.reference == "gather" or ranks.size() == 1:
-            return {"reference_batch": f"the batch, {whole} images"}
-        text = f"each rank's own {own} images of a batch of {whole} on {ranks.size()} ranks; --reference gather takes all of them"
+        text, whole = f"the whole data set, {len(self.x)} images", self.config.batch_size
+        if self.config.reference == "gather" or self.config.reference == "batch" and ranks.size() == 1:
+            text = f"the batch, {whole} images"
+        elif self.config.reference == "batch":
+            text = f"each rank's own {whole // ranks.size()} images of a batch of {whole} on {ranks.size()} ranks"
+            text += "; --reference gather takes all of them"
         return {"reference_batch": text}
 
     def report(self):
