@@ -87,9 +87,8 @@ class T2H:
         points = (reference.points if isinstance(reference, ltkernels.Bank) else reference).flatten(1)
         source = Reference(reference, points, reference_labels, self_index)
         choose = partial(self._mean, x_t, x0, y, scale, std, source)
-        if self.estimator == "sample":
-            if seed is None:  # one for both modes, so that which image a row would be given does not depend on them
-                seed = torch.randint(2**62, (), device=x_t.device)
+        if self.estimator == "sample":  # one seed for both modes: which image a row would be given does not depend on them
+            seed = torch.randint(2**62, (), device=x_t.device) if seed is None else seed
             choose = partial(self._sampled, x_t, x0, scale, std, source, seed, row_offset)
         found = choose(self.mode)
         stay = Transfer(x0, torch.zeros_like(found.moved), self_index)
@@ -159,8 +158,8 @@ class Calibrate(Denoise):
         if self.config.reference == "gather" or self.config.reference == "batch" and ranks.size() == 1:
             text = f"the batch, {whole} images"
         elif self.config.reference == "batch":
-            text = f"each rank's own {whole // ranks.size()} images of a batch of {whole} on {ranks.size()} ranks"
-            text += "; --reference gather takes all of them"
+            own = f"{whole // ranks.size()} images of a batch of {whole} on {ranks.size()} ranks"
+            text = f"each rank's own {own}; --reference gather takes all of them"
         return {"reference_batch": text}
 
     def report(self):
