@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 
 import ltkernels
-from training import data, figures_t2h, run_images, toy
+from training import checkpoint, data, figures_t2h, run_images, toy
 from training.__main__ import main
 from training.config import T2HConfig
 from training.loop import generator
+from training.runfolder import open_folder
 
 CIFAR_LT = torch.tensor(data.long_tail_counts(5000, 10, 100))
 DISTANCES = {  # |x_i - x_j| / sigma: probability of the transfer, its bound (beta = 0)
     0.0: (0.5, 0.5), 0.5: (0.470527, 0.484617), 1.0: (0.397973, 0.441248), 2.0: (0.224800, 0.303265), 3.0: (0.098621, 0.162326),
     4.0: (0.034299, 0.067668),
 }  # fmt: skip
-TINY = "--steps 30 --samples 40 --sample-steps 4 --batch-size 32 --no-progress".split()
 
 
 # ---- two images ------------------------------------------------------------------------------------------------------
@@ -222,6 +222,81 @@ def test_field_picture_and_numbers(tmp_path):
     figures_t2h.field(T2HConfig(), tmp_path, arrows=5, pixels=9)
     with Image.open(tmp_path / "field.png") as image:
         assert image.format == "PNG"
+
+
+class Runs:
+    """`run_images.images` without the training: writes the folder of a finished run, whose figures say which run it was."""
+
+    def __init__(self):
+        self.made, self.features = [], "a classifier"
+
+    def __call__(self, method, settings, preset):
+        dataset = run_images.load(method, settings)
+        out = open_folder(method, settings, preset, dataset)
+        number = len(self.made) + 1.0
+        self.made.append((out.name, method, settings))
+        report = {"features": self.features, "n": 200, "reference": "digits", "guidance": settings.omega, "seconds": 1.0}
+        report |= {"class_fid": [number]} | {figure: number for figure in run_images.SCORES} | {"recall": None}
+        checkpoint.write_json(out / "metrics.json", report)
+        return report
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    made = Runs()
+    monkeypatch.setattr(run_images, "images", made)
+    return made
+
+
+def test_table_of_runs(tmp_path, capsys, runs):
+    command = ["figures", "t2h", "--parts", "table", "--steps", "70", "--seeds", "3", "4", "--out", str(tmp_path), "--no-progress"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    by_name = {name: (method, settings) for name, method, settings in runs.made}
+    assert len(runs.made) == 12 and all(settings.steps == 70 for _, settings in by_name.values())
+    told = {name: (method, one.batch_resample, getattr(one, "transfer_mode", None)) for name, (method, one) in by_name.items()}
+    assert told["F-3"] == ("ddpm", "none", None) and told["G-3"] == ("ddpm", "balanced", None) and told["CBDM-4"] == ("cbdm", "none", None)
+    assert [told[f"{name}-4"] for name in "HIJ"] == [("t2h", "balanced", mode) for mode in ("h2t", "full", "t2h")]
+    assert by_name["J-4"][1].seed == 4 and by_name["J-4"][1].transfer_cut_time is None
+    summary = json.loads((tmp_path / "table.json").read_text())
+    assert summary["table"]["F"]["fid"] == [1, 7] and summary["table"]["CBDM"]["fid"] == [6, 12]
+    assert summary["class_fid"]["J"] == [[5], [11]]
+    assert "seeds 3, 4; 200 samples, guidance 0.5, features: a classifier, reference: digits" in text
+    assert "| J: G + T2H | 8.000 ± 4.243 |" in text and "| - |" in text
+    with Image.open(tmp_path / "table.png") as image:
+        assert image.format == "PNG"
+
+    assert main(command) == 0 and len(runs.made) == 12  # nothing is run again
+    assert main([*command[:-1], "--omega", "1.5", "--no-progress"]) == 2
+    assert "was made with other settings (omega: 0.5 != 1.5); give another --out" in capsys.readouterr().err
+    (tmp_path / "G-4" / "metrics.json").unlink()
+    assert main(command) == 0 and runs.made[-1][0] == "G-4" and runs.made[-1][2].resume  # cut short: goes on
+    runs.features = "Inception"
+    (tmp_path / "G-4" / "metrics.json").unlink()
+    assert main(command) == 2
+    assert "were evaluated with different features (Inception, a classifier)" in capsys.readouterr().err
+
+
+def test_steps_and_cut_share_the_table_s_runs(tmp_path, capsys, runs):
+    command = ["figures", "t2h", "--steps", "100", "--seeds", "0", "1", "2", "--out", str(tmp_path), "--no-progress", "--parts"]
+    assert main([*command, "table"]) == 0 and len(runs.made) == 18
+    assert main([*command, "steps", "cut"]) == 0
+    text = capsys.readouterr().out
+    new = {name: settings for name, _, settings in runs.made[18:]}
+    assert len(new) == 2 * (4 * 2 + 4)  # two seeds: four rows at two further lengths, four cut times
+    assert new["CBDM-1-steps300"].steps == 300 and new["F-0-steps20"].steps == 20
+    assert {new[name].transfer_cut_time for name in new if "cut" in name} == {200, 400, 600, 800}
+    steps, cut = (json.loads((tmp_path / f"{part}.json").read_text()) for part in ("steps", "cut"))
+    table = json.loads((tmp_path / "table.json").read_text())["table"]
+    line = steps["panels"]["fid"]["J: G + T2H"]
+    assert list(line) == ["20", "100", "300"] and line["100"] == table["J"]["fid"][:2]
+    curve = cut["panels"]["memorisation"]["T2H below the cut time"]
+    assert list(curve) == ["0", "200", "400", "600", "800", "1000"]
+    assert curve["0"] == table["G"]["fid"][:2] and curve["1000"] == table["J"]["fid"][:2]
+    assert (tmp_path / "figures.md").read_text().count("features: a classifier") == 3 and text.count("features: a classifier") == 3
+    for part in ("steps", "cut"):
+        with Image.open(tmp_path / f"{part}.png") as image:
+            assert image.format == "PNG"
 
 
 @pytest.mark.parametrize(
