@@ -170,7 +170,7 @@ def transfer(settings: T2HConfig, folder: Path, sizes: Sequence[int], rows: int)
     x, y = dataset.images.flatten(1).to(settings.device), dataset.labels.to(settings.device)
     q, everything = torch.tensor(dataset.counts, device=x.device), torch.arange(len(x), device=x.device)
     batches = {f"K = {size}": size for size in sizes if size < len(x)} | {f"whole set, {len(x)}": None}
-    times, bank = times_of(settings, 40), ltkernels.Bank(x)
+    times = times_of(settings, 40)
     noise = coefficients(settings, times)
     curves: dict[str, dict[str, dict]] = {gate: {} for gate in GATES}
     with tqdm(total=len(batches) + len(sizes), desc="transfer", disable=not settings.progress) as bar:
@@ -180,7 +180,7 @@ def transfer(settings: T2HConfig, folder: Path, sizes: Sequence[int], rows: int)
             for number in range(-(-rows // count)):
                 chosen = data.batch_of_rows(y, settings.batch_resample, size or count, number, settings.seed, rng)
                 if size is None:
-                    reference, source, own = bank, everything, chosen
+                    reference, source, own = x, everything, chosen
                 else:
                     reference, source, own = x[chosen], chosen, torch.arange(count, device=x.device)
                 x0 = x[source[own]]
@@ -201,7 +201,7 @@ def transfer(settings: T2HConfig, folder: Path, sizes: Sequence[int], rows: int)
 
 
 def moved(
-    x0: Tensor, reference: Tensor | ltkernels.Bank, source: Tensor, q: Tensor, own: Tensor, scale: float, std: float, rng: torch.Generator
+    x0: Tensor, reference: Tensor, source: Tensor, q: Tensor, own: Tensor, scale: float, std: float, rng: torch.Generator
 ) -> list[float]:
     """Probability, for each gate of GATES, that the target of a noisy x0 (B, D) becomes another image of the reference (K, D).
 
