@@ -386,14 +386,15 @@ def transfer_curves(path: str | Path, summary: Mapping[str, Any]) -> Path:
 
 
 def curves(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]], *, x: str, title: str) -> Path:
-    """panels[figure][line][x] = one value a seed: a panel a figure, mean and standard deviation."""
+    """panels[figure][line][x] = one value a seed, or None: a panel a figure, mean and standard deviation."""
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     figure, drawn = _figure(len(panels), 4.6 * columns + 0.8, 3.4 * -(-len(panels) // columns) + 0.6, columns)
     for axes, (name, lines) in zip(drawn, panels.items(), strict=True):
         for i, (line, points) in enumerate(lines.items()):
-            mean, sd = np.array([mean_sd(values) for values in points.values()]).T
-            where = [float(value) for value in points]
-            axes.errorbar(where, mean, yerr=sd, color=COLOURS[i], marker=MARKERS[i], capsize=3, label=line)
+            known = {float(where): [value for value in values if value is not None] for where, values in points.items()}
+            known = {where: values for where, values in known.items() if values}
+            mean, sd = np.array([mean_sd(values) for values in known.values()]).reshape(-1, 2).T
+            axes.errorbar(list(known), mean, yerr=sd, color=COLOURS[i], marker=MARKERS[i], capsize=3, label=line)
         axes.set(title=name.replace("_", " "), xlabel=x)
         axes.grid(color="0.9")
     figure.suptitle(title)
