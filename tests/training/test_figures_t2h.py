@@ -237,7 +237,8 @@ class Runs:
         number = len(self.made) + 1.0
         self.made.append((out.name, method, settings))
         report = {"features": self.features, "n": 200, "reference": "digits", "guidance": settings.omega, "seconds": 1.0}
-        report |= {"class_fid": [number]} | {figure: number for figure in run_images.SCORES} | {"recall": None, "fid_tail": None if out.name == "F-0" else number}
+        report |= {"class_fid": [number]} | {figure: number for figure in run_images.SCORES} | {"recall": None}
+        report["fid_tail"] = None if out.name == "F-0" else number
         checkpoint.write_json(out / "metrics.json", report)
         return report
 
