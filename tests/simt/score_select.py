@@ -145,7 +145,7 @@ CASES = {  # name -> the arguments of solve
     "12288": lambda r: batch(r, 1, 2, 12288, 1.0, 0.002),
     "sigma 80": lambda r: batch(r, 9, 40, 65, 1.0, 80.0),
     "scale 0": lambda r: batch(r, 9, 70, 64, 0.0, 1.0),
-    "all equal": lambda r: [v.repeat(n, 0) if v.ndim == 2 else v[0].repeat(9) for v, n in zip(batch(r, 1, 1, 7, 1, 2), (9, 50, 1, 1), strict=True)],
+    "all equal": lambda r: [v.repeat(n, 0) for v, n in zip(batch(r, 1, 1, 7, 1.0, 2.0), (9, 50, 9, 9), strict=True)],
     "broken": lambda r: broken(r, 13, 40, 7),
     "prior": lambda r: unlikely(r, 9, 150, 5),
     "nobody": lambda r: nobody(r, 3, 20, 5),
@@ -182,7 +182,8 @@ def run_half(library, dtype: str, rows: int = 19, columns: int = 43, d: int = 70
 
 REMOVALS = {
     "barrier before a slab is written": Removal(
-        "score_select.cuh", "__syncthreads();  // the slab before, or the sums of the tile before, have been read", "", "tsan", "two slabs", "data race"
+        "score_select.cuh", "__syncthreads();  // the slab before, or the sums of the tile before, have been read", "",
+        "tsan", "two slabs", "data race",
     ),
     "barrier before the sums take the slab's place": Removal(
         "score_select.cuh", "__syncthreads();  // the sums take the place of the last slab", "", "tsan", "tiny", "data race"
