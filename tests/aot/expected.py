@@ -39,6 +39,25 @@ def knn_kde(monkeypatch, arch, d, k, dtype, n_queries, self_index, bound, log_we
     return lambda: backend.knn_kde(*arguments)
 
 
+def score_select(monkeypatch, arch, n_rows, n_columns, d, dtype, log_prior):
+    backend = importlib.import_module("ltkernels.triton.score_select")
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    monkeypatch.setattr(backend, "_guard", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(backend, "_multiprocessors", lambda *_: 132)
+    x, clean = meta(n_rows, d, dtype=dtype), meta(n_columns, d, dtype=dtype)
+    noisy = (x, clean, meta(n_rows), meta(n_rows), meta(n_columns) if log_prior else None)
+
+    def run():
+        backend.psel(*noisy)
+        backend.psel_sample(*noisy, meta(1, dtype=torch.int64), 2**40)
+        backend.psel_mix(meta(n_rows, n_columns), clean)
+
+    return run
+
+
 EXPECTED = {
     "knn_kde": Op(
         cuda={
@@ -65,5 +84,20 @@ EXPECTED = {
             "odd rows, everything": (39, 256, torch.bfloat16, 4000, True, True, True),
         },
         call=knn_kde,
+    ),
+    "score_select": Op(
+        cuda={},
+        triton={
+            "_mix<": Needs({arch: ("HMMA",) for arch in ARCHS}),
+            **dict.fromkeys(("_pack", "_score", "_combine", "_normalise"), Needs()),
+        },
+        # rows, columns, d, dtype, log_prior. Few tiles of logits are made smaller ones; numbers that 16 divides read 16 bytes at a time
+        variants={
+            "a batch of CIFAR": (512, 512, 3072, torch.float32, False),
+            "all of CIFAR": (512, 50_000, 3072, torch.float32, True),
+            "odd sizes": (37, 71, 65, torch.bfloat16, True),
+            "odd sizes, many": (5003, 5003, 65, torch.float16, False),
+        },
+        call=score_select,
     ),
 }
