@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .knn_kde import _guard, _multiprocessors
+from .knn_kde import INTERPRETED, _guard, _multiprocessors
 from .score_select_kernels import _combine, _mix, _normalise, _pack, _score
 
 COLUMNS = 128  # of a tile of logits; sums over a row are made of such parts, whatever the card
@@ -49,14 +49,20 @@ def _packed(source: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     return packed, square
 
 
+def _tile_rows(n_rows: int, tiles: int, processors: int) -> int:
+    """Rows of a tile of logits, which is one warp's work: 8 read least, but 2 where schedulers would be idle, as in a batch of training."""
+    if INTERPRETED:
+        return 32  # it pays for each operation, whatever its size
+    return 8 if triton.cdiv(n_rows, 8) * tiles >= 8 * processors else 2
+
+
 def _scored(x, clean, scale, std, log_prior, seed, row_offset, logits, log_normalizer, index) -> tuple[Tensor, Tensor] | None:
     """Fill log_normalizer and, where they are given, logits and index for one chunk of rows. With logits: (rows,) the largest of each row
     and (rows,) the sum of exponentials relative to it."""
     n_rows, d = x.shape
     n_columns = len(clean)
     tiles, depth = triton.cdiv(n_columns, COLUMNS), triton.cdiv(d, STEP) * STEP
-    # a batch of training is a few tiles: smaller ones then, so that no multiprocessor is idle
-    rows = 8 if triton.cdiv(n_rows, 8) * tiles >= 8 * _multiprocessors(x.device) else 2
+    rows = _tile_rows(n_rows, tiles, _multiprocessors(x.device))
     stride = triton.cdiv(n_rows, 32) * 32
     packed_x, square = _packed(x, stride)
     drawn = (None, None) if seed is None else (_empty(x, tiles, stride), _empty(x, tiles, stride, dtype=torch.int32))
@@ -116,6 +122,7 @@ def psel_mix(weight, clean) -> Tensor:
     if tiles > 0:
         with _guard(weight):
             _mix[(tiles,)](
-                weight, clean, out, n_rows, n_columns, d, row_tiles, BM=64, BN=64, BK=16, SEGMENT=512, PRECISION="tf32x3", num_warps=8, num_stages=3
-            )
+                weight, clean, out, n_rows, n_columns, d, row_tiles,
+                BM=64, BN=64, BK=16, SEGMENT=512, PRECISION="tf32x3", num_warps=8, num_stages=3,
+            )  # fmt: skip
     return out

@@ -14,7 +14,7 @@ _ZERO = tl.constexpr(-104.0)  # exp of this and of less is 0 in float32
 @triton.jit
 def _row_sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum of each row as a tree of two-term sums, so that the bits do not depend on how the rows are spread over threads."""
-    for level in tl.static_range(0, 7):
+    for level in tl.static_range(0, 10):
         if COLUMNS >> level > 1:
             x = tl.sum(tl.reshape(x, [ROWS, COLUMNS >> (level + 1), 2]), 2)
     return tl.reshape(x, [ROWS])
