@@ -1,10 +1,15 @@
 """psel, psel_sample and psel_mix in Triton.
 
+    _screen      for problems large enough: bounds of the logits of each row and tile, from tensor cores
+    _reach       which of them can matter
     _pack        x and clean, transposed for the next kernel
     _score       tiles of logits by direct differences, and what a softmax and a draw need to know of each tile
     _combine     the tiles of a row: log_normalizer, and the index drawn
     _normalise   logits to probabilities, for psel only: a draw leaves no (B, K) array behind
     _mix         weight @ clean on tensor cores
+
+`_screen` bounds its own error (see `_error_terms`) and rules out what float32 would round away, so it saves time where the rows of clean
+are far apart for a row's std and changes no bit of an answer. What is ruled out at small std is nearly everything, at large std nothing.
 
 A logit is a function of its two rows, bit for bit, and so are the sums over a row: they depend on neither the other rows of the batch nor
 the tiles. The noise is counted by the row's and the column's number. Nothing waits for the GPU.
@@ -19,12 +24,13 @@ import triton
 from torch import Tensor
 
 from .knn_kde import INTERPRETED, _guard, _multiprocessors
-from .score_select_kernels import _combine, _mix, _normalise, _pack, _score
+from .score_select_kernels import _combine, _mix, _normalise, _pack, _reach, _score, _screen
 
-COLUMNS = 128  # of a tile of logits; sums over a row are made of such parts, whatever the card
-STEP = 16  # coordinates whose squares are added up before the sum is compensated
+COLUMNS = 128  # of a tile of logits, a multiple of 32; sums over a row are made of such parts, whatever the card
+STEP = 32  # coordinates whose squares are added up before the sum is compensated
 BLOCK = 64  # coordinates that `_pack` handles together, and pads to
 SLAB = 2**28  # bytes of a transposed piece of clean
+SCREENED = 4e8  # products of coordinates from which on `_screen` is worth its launches; unmeasured
 
 
 class Parts(NamedTuple):
@@ -40,13 +46,41 @@ def _empty(like: Tensor, *shape: int, dtype=torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def _packed(source: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """(coordinates, stride), the rows of source as columns; (blocks of coordinates, stride) their squares."""
+def _packed(source: Tensor, stride: int, copy: bool = True) -> tuple[Tensor | None, Tensor]:
+    """(coordinates, stride), the rows of source as columns, if asked for; (blocks of coordinates, stride) the sums of their squares."""
     n, d = source.shape
     blocks = max(1, triton.cdiv(d, BLOCK))
-    packed, square = _empty(source, blocks * BLOCK, stride), _empty(source, blocks, stride)
+    packed, square = _empty(source, blocks * BLOCK, stride) if copy else None, _empty(source, blocks, stride)
     _pack[(stride // 32, blocks)](source, packed, square, n, d, stride, ROWS=32, BLOCK=BLOCK, num_warps=4)
     return packed, square
+
+
+def _error_terms(d: int, dtype: torch.dtype) -> tuple[float, float, float, float]:
+    """(alpha, beta, tau, slack): |A - r^2| <= alpha s|x||z| + beta (|x|^2 + s^2 |z|^2) + tau (1 + s) for A = |x|^2 + s^2 |z|^2 - 2s x.z as
+    `_screen` computes it, and the relative rounding of a logit of `_score` from r^2 = |x - s z|^2. u = 2^-24.
+
+    alpha: float32 operands cut to tf32 (2^-10, truncation), d additions in an accumulator that truncates (2^-23 each), and the operations
+    of the epilogue. beta: the squares, summed in blocks, and the epilogue. tau: underflow. slack: the difference twice (it is squared),
+    STEP additions, the compensated ones, four products, and the operations of the bound itself, twice over."""
+    u, cut = 2.0**-24, 2.0**-10 if dtype == torch.float32 else 0.0
+    alpha = 1.01 * (2 * (2 * cut + cut**2) + 2 * d * 2.0**-23 + 16 * u)
+    return alpha, 1.01 * (BLOCK + d / BLOCK + 16) * u, d * 2.0**-120, 2.0**-17
+
+
+def _screened(x, clean, scale, std, log_prior, square, tiles) -> tuple[Tensor, Tensor]:
+    """(tiles, rows) a bound of the logits of each tile and row, (rows,) what it has to reach for the tile to count."""
+    n_rows, d = x.shape
+    stride = square.shape[1]
+    _, square_clean = _packed(clean, tiles * COLUMNS, copy=False)
+    upper, lower, reach = _empty(x, tiles, stride), _empty(x, tiles, stride), _empty(x, stride)
+    row_tiles = triton.cdiv(n_rows, 64)
+    _screen[(row_tiles * tiles,)](
+        x, clean, square.sum(0), square_clean.sum(0), scale, std, log_prior, upper, lower, n_rows, len(clean), d, stride, row_tiles,
+        *_error_terms(d, x.dtype),
+        BM=64, BN=COLUMNS, BK=32, UPCAST=INTERPRETED, PRECISION="tf32", num_warps=8, num_stages=3,
+    )  # fmt: skip
+    _reach[(stride // 32,)](lower, reach, tiles, stride, ROWS=32, TILES=16, num_warps=4)
+    return upper, reach
 
 
 def _tile_rows(n_rows: int, tiles: int, processors: int) -> int:
@@ -67,6 +101,8 @@ def _scored(x, clean, scale, std, log_prior, seed, row_offset, logits, log_norma
     packed_x, square = _packed(x, stride)
     drawn = (None, None) if seed is None else (_empty(x, tiles, stride), _empty(x, tiles, stride, dtype=torch.int32))
     parts = Parts(_empty(x, tiles, stride), _empty(x, tiles, stride), *drawn)
+    worthwhile = tiles > 1 and n_rows * n_columns * d >= SCREENED
+    screen = _screened(x, clean, scale, std, log_prior, square, tiles) if worthwhile else (None, None)
     row_tiles = triton.cdiv(n_rows, rows)
     slab = max(1, SLAB // (4 * max(depth, 1) * COLUMNS)) * COLUMNS
     for first in range(0, n_columns, slab):
@@ -74,9 +110,9 @@ def _scored(x, clean, scale, std, log_prior, seed, row_offset, logits, log_norma
         piece_tiles = triton.cdiv(len(piece), COLUMNS)
         packed_clean, _ = _packed(piece, piece_tiles * COLUMNS)
         _score[(row_tiles * piece_tiles,)](
-            packed_x, packed_clean, scale, std, log_prior, seed, logits, *parts,
+            packed_x, packed_clean, scale, std, log_prior, seed, *screen, logits, *parts,
             n_rows, n_columns, depth, stride, piece_tiles * COLUMNS, row_offset, row_tiles, first // COLUMNS,
-            BM=rows, BN=COLUMNS, STEP=STEP, num_warps=1,
+            BM=rows, BN=COLUMNS, STEP=STEP, UNROLLED=8, num_warps=1, maxnreg=255,  # its own choice of 168 spills
         )  # fmt: skip
     softmax = (None, None) if logits is None else (_empty(x, n_rows), _empty(x, n_rows))
     _combine[(triton.cdiv(n_rows, 32),)](
@@ -86,8 +122,8 @@ def _scored(x, clean, scale, std, log_prior, seed, row_offset, logits, log_norma
 
 
 def _chunks(n_rows: int, n_columns: int, d: int) -> list[slice]:
-    """Rows handled together: their transposed copy and parts are about 256 MiB."""
-    step = max(1024, 2**28 // (4 * d + 16 * triton.cdiv(n_columns, COLUMNS) + 1) // 64 * 64)
+    """Rows handled together: their transposed copy and what is kept of their tiles are about 256 MiB."""
+    step = max(1024, 2**28 // (4 * d + 24 * triton.cdiv(n_columns, COLUMNS) + 1) // 64 * 64)
     return [slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step)]
 
 
@@ -99,7 +135,9 @@ def psel(x, clean, scale, std, log_prior) -> tuple[Tensor, Tensor]:
         for part in _chunks(n_rows, n_columns, d):
             row_max, row_sum = _scored(x[part], clean, scale[part], std[part], log_prior, None, 0, p[part], log_normalizer[part], None)
             if n_columns > 0:
-                _normalise[(len(row_max), triton.cdiv(n_columns, 1024))](p[part], row_max, row_sum, n_columns, BLOCK=1024, num_warps=4)
+                _normalise[(len(row_max) * triton.cdiv(n_columns, 1024),)](
+                    p[part], row_max, row_sum, len(row_max), n_columns, BLOCK=1024, num_warps=4
+                )
     return p, log_normalizer
 
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 _INF = tl.constexpr(float("inf"))
 _NAN = tl.constexpr(float("nan"))
-_ZERO = tl.constexpr(-104.0)  # exp of this and of less is 0 in float32
+_ZERO = tl.constexpr(-104.0)  # exp of this and of less is 0 in float32, and no noise makes up for it
 
 
 # ---- small device functions --------------------------------------------------------------------------------------------
@@ -42,6 +42,66 @@ def _gumbel(word):
     return -tl.log(tl.where(v < 0.015625, series, -tl.log(u)))
 
 
+# ---- which tiles count -------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "row_tiles"])
+def _screen(
+    x, clean, square_x, square_clean, scale, std, log_prior, upper, lower, n_rows, n_columns, d, stride, row_tiles,
+    alpha, beta, tau, slack,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """For each row of a tile: no logit that `_score` would find is above `upper`, and one is at least `lower`."""
+    tile = tl.program_id(0) // row_tiles
+    row = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
+    column = tile * BN + tl.arange(0, BN)
+    x_at = row[:, None].to(tl.int64) * d
+    z_at = column[None, :].to(tl.int64) * d
+    dot = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, d, BK):
+        at = start + tl.arange(0, BK)
+        q = tl.load(x + x_at + at[None, :], mask=(row < n_rows)[:, None] & (at < d)[None, :], other=0.0)
+        z = tl.load(clean + z_at + at[:, None], mask=(at < d)[:, None] & (column < n_columns)[None, :], other=0.0)
+        if UPCAST:  # the interpreter has no arithmetic in bfloat16
+            q = q.to(tl.float32)
+            z = z.to(tl.float32)
+        dot = tl.dot(q, z, dot, input_precision=PRECISION)
+
+    s = tl.load(scale + row, mask=row < n_rows, other=0.0)[:, None]
+    near = tl.div_rn(1.0, tl.load(std + row, mask=row < n_rows, other=1.0))[:, None]
+    norm_x = tl.load(square_x + row, mask=row < n_rows, other=0.0)[:, None]
+    norm_z = tl.load(square_clean + column, mask=column < n_columns, other=_NAN)[None, :]
+    both = norm_x + s * s * norm_z
+    error = alpha * tl.abs(s) * tl.sqrt(norm_x) * tl.sqrt(norm_z) + beta * both + tau * (1.0 + tl.abs(s))
+    middle = both - 2.0 * s * dot
+    least = tl.maximum(middle - error, 0.0, propagate_nan=tl.PropagateNan.ALL) * (1.0 - slack)
+    most = (middle + error) * (1.0 + slack)
+    high = -0.5 * (least * near * near)
+    low = -0.5 * (most * near * near)
+    if log_prior is not None:
+        prior = tl.load(log_prior + column, mask=column < n_columns, other=-_INF)[None, :]
+        around = tl.where(prior > -_INF, slack * tl.abs(prior), 0.0)
+        high += prior + around
+        low += prior - around
+    high = tl.where(norm_z == norm_z, tl.where(high == high, high, _INF), -_INF)  # a row of clean with NaN or inf is out of the way
+    low = tl.where(low == low, low, -_INF)
+    at = tl.cast(tile, tl.int64) * stride + row
+    tl.store(upper + at, tl.max(high, 1), mask=row < stride)
+    tl.store(lower + at, tl.max(low, 1), mask=row < stride)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _reach(lower, reach, tiles, stride, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """What a logit has to reach to leave a trace: rounding done, more than 104 below the largest it has none."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    some = tl.arange(0, TILES)
+    top = tl.full([ROWS], -_INF, tl.float32)
+    for first in range(0, tiles, TILES):
+        at = (first + some).to(tl.int64)[:, None] * stride + row[None, :]
+        top = tl.maximum(top, tl.max(tl.load(lower + at, mask=(first + some < tiles)[:, None], other=-_INF), 0))
+    tl.store(reach + row, tl.where(top > -_INF, top + (_ZERO - 1.0) - 2.0**-20 * tl.abs(top), -_INF))
+
+
 # ---- scores ------------------------------------------------------------------------------------------------------------
 
 
@@ -53,7 +113,8 @@ def _pack(source, packed, square, n_rows, d, stride, ROWS: tl.constexpr, BLOCK: 
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < n_rows)[:, None] & (at < d)[None, :]
     value = tl.load(source + row[:, None].to(tl.int64) * d + at[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(packed + at[:, None].to(tl.int64) * stride + row[None, :], tl.trans(value))
+    if packed is not None:
+        tl.store(packed + at[:, None].to(tl.int64) * stride + row[None, :], tl.trans(value))
     finite = tl.min((tl.abs(value) < _INF).to(tl.int32), 1) != 0
     total = tl.sum(value * value, 1)
     tl.store(square + tl.program_id(1).to(tl.int64) * stride + row, tl.where(finite, total, _NAN))
@@ -61,9 +122,9 @@ def _pack(source, packed, square, n_rows, d, stride, ROWS: tl.constexpr, BLOCK: 
 
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "depth", "row_offset", "row_tiles", "first_tile"])
 def _score(
-    packed_x, packed_clean, scale, std, log_prior, seed, logits, part_max, part_sum, part_best, part_index,
+    packed_x, packed_clean, scale, std, log_prior, seed, upper, reach, logits, part_max, part_sum, part_best, part_index,
     n_rows, n_columns, depth, x_stride, clean_stride, row_offset, row_tiles, first_tile,
-    BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
     """A tile of logits by direct differences: to memory if there is room for them (`logits`), and of each row the largest, the sum of
     their exponentials relative to it and, given a seed, the largest perturbed one and its column.
@@ -79,15 +140,20 @@ def _score(
     packed_x += first_row
     packed_clean += tl.cast(tile, tl.int64) * BN
     tile += first_tile  # of all columns, where packed_clean is a piece of them
+    if upper is not None:
+        upper += tl.cast(tile, tl.int64) * x_stride
+        counts = tl.load(upper + row, mask=row < n_rows, other=-_INF) >= tl.load(reach + row, mask=row < n_rows, other=0.0)
+        depth = tl.where(tl.max(counts.to(tl.int32), 0) != 0, depth, 0)
     for _ in range(0, depth, STEP):
         part = tl.zeros([BM, BN], tl.float32)
-        for _step in tl.static_range(STEP):
-            q = tl.load(packed_x + tl.arange(0, BM)[:, None])
-            z = tl.load(packed_clean + tl.arange(0, BN)[None, :])
-            diff = tl.fma(z, shrink, q)
-            part = tl.fma(diff, diff, part)
-            packed_x += x_stride
-            packed_clean += clean_stride
+        for _some in range(0, STEP, UNROLLED):
+            for _one in tl.static_range(UNROLLED):
+                q = tl.load(packed_x + tl.arange(0, BM)[:, None])
+                z = tl.load(packed_clean + tl.arange(0, BN)[None, :])
+                diff = tl.fma(z, shrink, q)
+                part = tl.fma(diff, diff, part)
+                packed_x += x_stride
+                packed_clean += clean_stride
         part -= lost
         whole = total + part
         lost = (whole - total) - part
@@ -95,11 +161,19 @@ def _score(
 
     column = tile * BN + tl.arange(0, BN)
     h = tl.load(std + row, mask=row < n_rows, other=1.0)[:, None]
-    logit = -0.5 * tl.div_rn(tl.div_rn(total, h), h)
+    near = tl.div_rn(1.0, h)
+    rest = tl.fma(-near, h, 1.0) * near  # 1 / std = near + rest: a division costs more, a product with near alone is less exact
+    # by std twice: its square would under- or overflow sooner
+    total = tl.fma(total, rest, total * near)
+    logit = -0.5 * tl.fma(total, rest, total * near)
     if log_prior is not None:
         logit += tl.load(log_prior + column, mask=column < n_columns, other=-_INF)[None, :]
     # NaN: the row of clean has one. (If it is the row of x, `_combine` says so.) An infinite sum has lost its compensation to inf - inf
     logit = tl.where((logit == logit) & (column < n_columns)[None, :], logit, -_INF)
+    if upper is not None:
+        # what this row needs, whatever the others of the tile do
+        counts = tl.load(upper + row, mask=row < n_rows, other=-_INF) >= tl.load(reach + row, mask=row < n_rows, other=0.0)
+        logit = tl.where(counts[:, None], logit, -_INF)
     if logits is not None:
         inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
         tl.store(logits + row[:, None].to(tl.int64) * n_columns + column[None, :], logit, mask=inside)
@@ -112,9 +186,10 @@ def _score(
         group = (tile * (BN // 4) + tl.arange(0, BN // 4)).to(tl.int64)
         a, b, c, d = _words(seed, tl.cast(row_offset, tl.int64) + row, group)
         noise = _gumbel(tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
-        best, which = tl.max(logit + noise, 1, return_indices=True)
+        perturbed = logit + noise
+        best = tl.max(perturbed, 1)
         tl.store(part_best + at, best)
-        tl.store(part_index + at, tile * BN + which)
+        tl.store(part_index + at, tl.min(tl.where(perturbed == best[:, None], column[None, :], 0x7FFFFFFF), 1))
 
 
 @triton.jit(do_not_specialize=["n_rows", "tiles", "blocks"])
@@ -163,11 +238,11 @@ def _combine(
         tl.store(row_sum + row, total, mask=valid)
 
 
-@triton.jit(do_not_specialize=["n_columns"])
-def _normalise(logits, row_max, row_sum, n_columns, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n_rows", "n_columns"])
+def _normalise(logits, row_max, row_sum, n_rows, n_columns, BLOCK: tl.constexpr):
     """Logits of a part of a row to probabilities, in place."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) % n_rows).to(tl.int64)
+    column = tl.program_id(0) // n_rows * BLOCK + tl.arange(0, BLOCK)
     at = logits + row * n_columns + column
     gap = tl.load(at, mask=column < n_columns, other=-_INF) - tl.load(row_max + row)  # NaN where no logit is finite
     share = tl.div_rn(tl.exp(gap), tl.load(row_sum + row))

@@ -88,15 +88,16 @@ EXPECTED = {
     "score_select": Op(
         cuda={},
         triton={
-            "_mix<": Needs({arch: ("HMMA",) for arch in ARCHS}),
-            **dict.fromkeys(("_pack", "_score", "_combine", "_normalise"), Needs()),
+            "_screen<": Needs({arch: (MMA[arch], "LDGSTS") for arch in ARCHS}),
+            "_mix<": Needs({arch: (MMA[arch], "LDGSTS") for arch in ARCHS}),
+            **dict.fromkeys(("_reach", "_pack", "_score", "_combine", "_normalise"), Needs()),
         },
-        # rows, columns, d, dtype, log_prior. Few tiles of logits are made smaller ones; numbers that 16 divides read 16 bytes at a time
+        # rows, columns, d, dtype, log_prior. Small batches have tiles of 2 rows, others of 8; small problems are not screened; sizes that
+        # 16 divides are read 16 bytes at a time
         variants={
-            "a batch of CIFAR": (512, 512, 3072, torch.float32, False),
-            "all of CIFAR": (512, 50_000, 3072, torch.float32, True),
-            "odd sizes": (37, 71, 65, torch.bfloat16, True),
-            "odd sizes, many": (5003, 5003, 65, torch.float16, False),
+            "a batch": (512, 512, 3072, torch.bfloat16, False),
+            "a batch against all": (512, 50_000, 3072, torch.float32, True),
+            "odd sizes": (5003, 5003, 13, torch.float16, False),
         },
         call=score_select,
     ),

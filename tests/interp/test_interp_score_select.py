@@ -279,6 +279,65 @@ def test_indices_do_not_depend_on_tiles(monkeypatch):
         torch.testing.assert_close(value, log_normalizer, rtol=0, atol=2e-6)
 
 
+NEAR, WIDE = noisy(9, 300, 16, 0.1), noisy(20, 600, 64, 0.1, prior=True)
+ONLY_7 = torch.full((300,), -INF).index_fill(0, torch.tensor(7), 0)
+# name: (case, the share of all pairs of a row and a tile in which a logit is left)
+SCREENED = {
+    "each row its own tile": (WIDE, 1 / 5),
+    "float16": (changed(WIDE, x=WIDE[0].half(), clean=WIDE[1].half()), 1 / 5),
+    "bfloat16": (changed(WIDE, x=WIDE[0].bfloat16(), clean=WIDE[1].bfloat16()), 1 / 5),
+    "all times": (noisy(40, 600, 64, T.sqrt(), (1 - T).sqrt(), prior=True), 0.595),
+    "std 1 of 64 coordinates": (noisy(40, 300, 64, 1.0), 1),
+    "scale 0": (noisy(6, 300, 16, 0.5, 0.0, prior=True), 1),
+    "far from the origin": (changed(WIDE, x=WIDE[0] + 1e4, clean=WIDE[1] + 1e4), 1),
+    "one column has all of the prior": (changed(noisy(9, 300, 4, 5.0), log_prior=ONLY_7), 1 / 3),
+    "the nearest is no number": (changed(NEAR, clean=spoil(NEAR[1], dict.fromkeys(range(0, 63, 7), NAN))), 17 / 27),
+    "nothing left": (changed(NEAR, clean=torch.full((300, 16), NAN)), 0),
+    "x with NaN and inf": (changed(NEAR, x=spoil(NEAR[0], {2: NAN, 5: INF})), 7 / 27),
+    "squares beyond float32": (changed(NEAR, clean=spoil(NEAR[1], {2: 1e25, 150: -1e25})), 2 / 3),
+    "x beyond them": (changed(NEAR, x=spoil(NEAR[0], {2: 1e25})), 8 / 27),
+    "std 1e-30": (noisy(9, 300, 16, 1e-30), 1 / 3),
+}
+
+
+@pytest.mark.parametrize(("case", "share"), SCREENED.values(), ids=SCREENED)
+def test_screen_changes_no_bit(monkeypatch, case, share):
+    kept = []
+    monkeypatch.setattr(backend, "Parts", lambda *parts, make=backend.Parts: kept.append(parts[0]) or make(*parts))
+    whole = both(case)
+    kept.clear()
+    monkeypatch.setattr(backend, "SCREENED", 0)
+    assert all(same(a, b) for a, b in zip(both(case), whole, strict=True))
+    assert (kept[0][:, : len(case[0])] > -INF).float().mean() == pytest.approx(share, abs=1e-3)
+
+
+def test_small_problems_are_not_screened(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(backend, "_screened", lambda x, clean, *_: sizes.append(len(clean)) or (None, None))
+    for n_columns in (100, 600):
+        both(noisy(3, n_columns, 4, 1.0))
+    monkeypatch.setattr(backend, "SCREENED", 3 * 600 * 4)
+    for n_columns in (100, 599, 600):
+        both(noisy(3, n_columns, 4, 1.0))
+    assert sizes == [600, 600]
+
+
+@pytest.mark.parametrize("d", [1, 16, 300, 4096])
+def test_error_terms_hold(d):
+    """The bound of the screen against tiles rounded as a tf32 tensor core does: cut operands, float32 sums of exact products."""
+    alpha, beta, tau, _ = backend._error_terms(d, torch.float32)
+    x = torch.cat([gauss(20, d, seed=9), 1e3 * gauss(4, d, seed=8)])
+    clean = torch.cat([gauss(60, d), 1e3 * gauss(4, d, seed=5), gauss(60, d) + 30])
+    for scale in (0.0, 0.3, 1.0):
+        cut = [(t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (x, clean)]
+        dot = (cut[0][:, None] * cut[1]).sum(2)
+        norm_x, norm_z = x.square().sum(1)[:, None], clean.square().sum(1)
+        found = norm_x + scale**2 * norm_z - 2 * scale * dot
+        true = (x.double()[:, None] - scale * clean.double()).square().sum(2)
+        both = norm_x + scale**2 * norm_z
+        assert ((found - true).abs() <= alpha * scale * (norm_x * norm_z).sqrt() + beta * both + tau * (1 + scale)).all()
+
+
 def test_rows_of_a_tile():
     """On a card, which the interpreter is not."""
     with pytest.MonkeyPatch.context() as patch:
