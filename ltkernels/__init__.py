@@ -7,6 +7,7 @@ from ._library import build_info
 from .backends import backend
 from .bank import Bank
 from .knn_kde import KDE, Neighbors, knn, knn_bandwidth, knn_kde_grad
+from .score_select import ScoreSelection, denoising_target, p_sel, posterior_mean, score_select
 
 try:
     __version__ = version("ltkernels")
@@ -17,4 +18,7 @@ _checkout = Path(__file__).resolve().parents[1]
 if (_checkout / "csrc").is_dir():
     __path__.append(str(_checkout))  # ltkernels.training lies beside ltkernels/ there, in it once installed
 
-__all__ = ["KDE", "Bank", "Neighbors", "backend", "build_info", "knn", "knn_bandwidth", "knn_kde_grad"]
+__all__ = [
+    "KDE", "Bank", "Neighbors", "ScoreSelection", "backend", "build_info", "denoising_target", "knn", "knn_bandwidth", "knn_kde_grad",
+    "p_sel", "posterior_mean", "score_select",
+]  # fmt: skip

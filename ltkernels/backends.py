@@ -5,6 +5,7 @@ kernels registered beside them, and routes at run time; `ltkernels_native::op` h
 """
 
 import functools
+import importlib
 import json
 import os
 import warnings
@@ -20,19 +21,29 @@ from torch import Tensor
 from . import _library, reference
 
 _PREPARED = "Tensor queries, Tensor points, Tensor centre, Tensor centred, Tensor sqnorm, Tensor? self_index, Tensor? bound, int k"
+_NOISY = "Tensor x, Tensor clean, Tensor scale, Tensor std, Tensor? log_prior"
 SCHEMAS = (  # with a C++ counterpart; the reason why no schema stands in C++ is that a build without a compiler needs them too
     f"knn({_PREPARED}) -> (Tensor sqdist, Tensor index)",
     f"knn_kde({_PREPARED}, Tensor bandwidth, Tensor? log_weight)"
     " -> (Tensor log_density, Tensor score, Tensor sqdist, Tensor index)",
+    f"psel({_NOISY}) -> (Tensor p, Tensor log_normalizer)",
+    f"psel_sample({_NOISY}, Tensor seed, int row_offset) -> (Tensor index, Tensor log_normalizer)",
+    "psel_mix(Tensor weight, Tensor clean) -> Tensor",
 )
 TORCH_SCHEMAS = (  # torch ops on every backend: preparation and the bilinear pieces of the derivatives
     "bank_prepare(Tensor points) -> (Tensor centre, Tensor centred, Tensor sqnorm)",
     "diff_sum(Tensor queries, Tensor points, Tensor index, Tensor coefficient) -> Tensor",
     "diff_dot(Tensor queries, Tensor points, Tensor index, Tensor vector) -> Tensor",
     "diff_scatter(Tensor queries, Tensor points, Tensor index, Tensor coefficient) -> Tensor",
+    f"psel_mean({_NOISY}) -> (Tensor mean, Tensor log_normalizer)",
+    "psel_backward(Tensor grad, Tensor p, Tensor x, Tensor clean, Tensor scale, Tensor std, bool[] needed)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"psel_mean_backward(Tensor grad, Tensor mean, {_NOISY}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
-_PUBLIC_NAMES = {"knn": "knn", "knn_kde": "knn_kde_grad"}  # what errors and routes call an op of SCHEMAS
+_PUBLIC_NAMES = {  # what errors and routes call an op of SCHEMAS
+    "knn": "knn", "knn_kde": "knn_kde_grad", "psel": "p_sel", "psel_sample": "score_select", "psel_mix": "posterior_mean",
+}  # fmt: skip
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MAX_K, MAX_D = 256, 4096  # cuda and triton keep a query's k best in registers and shared memory
 OLDEST_TRITON_SM_100 = (3, 8)  # 3.6.0 and 3.7.1 do not compile the filter (python -m tests.aot --triton 3.7.1)
@@ -95,7 +106,8 @@ ROUTES = [
 
 
 def choose(op: str, like: Tensor, n: int, k: int) -> str:
-    """The backend for k neighbours of each row of `like` among n points; raises when there is none, or when `routes_file()` is broken."""
+    """The backend for each row of `like` and n points, of which k matter where the op is a search (else 1); raises when there is none, or
+    when `routes_file()` is broken."""
     requested = _requested.get()
     if requested is None and os.environ.get("LTKERNELS_BACKEND"):
         requested = _valid(os.environ["LTKERNELS_BACKEND"], "LTKERNELS_BACKEND")
@@ -250,7 +262,7 @@ def _demand(op: str, name: str, like: Tensor, n: int, k: int) -> None:
             raise TypeError(f"{op}: backend {name!r} takes float16, bfloat16 and float32; got {like.dtype}; {way_round}")
         if k > MAX_K:
             raise ValueError(f"{op}: k must be at most {MAX_K} on backend {name!r}; got k={k}; {way_round}")
-        if like.shape[1] > MAX_D:
+        if like.shape[1] > MAX_D and op in ("knn", "knn_kde_grad"):
             raise ValueError(f"{op}: rows may have at most {MAX_D} columns on backend {name!r}; got d={like.shape[1]}; {way_round}")
         if n > MAX_N:
             raise ValueError(f"{op}: a bank may have at most {MAX_N} rows on backend {name!r}; got N={n}; {way_round}")
@@ -269,10 +281,8 @@ def implementation(op: str, name: str):
     if name in ("cpu", "cuda"):
         return getattr(torch.ops.ltkernels_native, op)
     if name == "triton":
-        from .triton import knn_kde as module
-
-        return getattr(module, op)
-    return {"knn": _reference_knn, "knn_kde": _reference_knn_kde}[op]
+        return getattr(importlib.import_module(f".triton.{_STEMS[op]}", __package__), op)
+    return _REFERENCE[op]
 
 
 def _reference_knn(queries, points, centre, centred, sqnorm, self_index, bound, k):
@@ -283,7 +293,17 @@ def _reference_knn_kde(queries, points, centre, centred, sqnorm, self_index, bou
     return reference.knn_kde(queries, points, k, bandwidth, self_index, log_weight)
 
 
-def _routed(op: str):
+_REFERENCE = {
+    "knn": _reference_knn,
+    "knn_kde": _reference_knn_kde,
+    "psel": reference.psel,
+    "psel_sample": reference.psel_sample,
+    "psel_mix": reference.psel_mix,
+}
+_STEMS = {"knn": "knn_kde", "knn_kde": "knn_kde", "psel": "score_select", "psel_sample": "score_select", "psel_mix": "score_select"}
+
+
+def _routed_search(op: str):
     def kernel(queries, points, *rest):
         k = rest[5]
         run = implementation(op, choose(_PUBLIC_NAMES[op], queries, len(points), k))
@@ -292,13 +312,25 @@ def _routed(op: str):
     return kernel
 
 
+def _routed_selection(op: str):
+    def kernel(rows, clean, *rest):
+        like = clean if op == "psel_mix" else rows  # its rows are weights, in float32 whatever the points are in
+        run = implementation(op, choose(_PUBLIC_NAMES[op], like, len(clean), 1))
+        return run(rows.contiguous(), clean.contiguous(), *rest)
+
+    return kernel
+
+
 for _op in _PUBLIC_NAMES:
     for _key in ("CPU", "CUDA"):
-        _library_public.impl(_op, _routed(_op), _key)
+        _library_public.impl(_op, (_routed_search if _STEMS[_op] == "knn_kde" else _routed_selection)(_op), _key)
 for _op, _function in (
     ("bank_prepare", reference.prepare),
     ("diff_sum", reference.diff_sum),
     ("diff_dot", reference.diff_dot),
     ("diff_scatter", reference.diff_scatter),
+    ("psel_mean", reference.psel_mean),
+    ("psel_backward", reference.psel_backward),
+    ("psel_mean_backward", reference.psel_mean_backward),
 ):
     _library_public.impl(_op, _function, "CompositeExplicitAutograd")

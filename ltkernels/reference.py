@@ -129,3 +129,155 @@ def diff_scatter(queries: Tensor, points: Tensor, index: Tensor, coefficient: Te
 def scatter_add(out: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """out[index] += rows with the same bits in every run: index_add_ is serial on the CPU, a sorting index_put_ is on CUDA."""
     return out.index_add_(0, index, rows) if out.device.type == "cpu" else out.index_put_((index,), rows, accumulate=True)
+
+
+def psel_logits(x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None) -> Tensor:
+    """(B, K): -|x_i - scale_i clean_j|^2 / (2 std_i^2) + log_prior_j; -inf for a row of clean with NaN or inf, NaN for such a row of x.
+
+    Direct differences: expanding the square and dividing by 2 std^2 = 2e-4 would lose everything in float32.   (001: Eq. 5, 7, 8)
+    """
+    dtype = _arithmetic(x.dtype)
+    points = clean.to(dtype)
+    logits = torch.empty(len(x), len(clean), dtype=dtype, device=x.device)
+    for rows in _row_chunks(len(x), clean.numel()):
+        difference = x[rows, None].to(dtype) - scale[rows, None, None] * points
+        logits[rows] = -(difference.square().sum(-1, dtype=torch.float64) / (2 * std[rows, None].double().square())).to(dtype)
+    if log_prior is not None:
+        logits = logits + log_prior
+    logits = logits.masked_fill(~torch.isfinite(points).all(1), -math.inf)
+    return logits.masked_fill(~torch.isfinite(x).all(1, keepdim=True), math.nan)
+
+
+def psel(x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None) -> tuple[Tensor, Tensor]:
+    """softmax_j of the logits (B, K), and their logsumexp (B,)."""
+    logits = psel_logits(x, clean, scale, std, log_prior)
+    return torch.softmax(logits, 1), torch.logsumexp(logits, 1)
+
+
+def psel_sample(
+    x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None, seed: Tensor, row_offset: int
+) -> tuple[Tensor, Tensor]:
+    """A draw from each row's softmax (B,) by the Gumbel-max rule, -1 where no logit is finite; and the logsumexp (B,).
+
+    Row i is row row_offset + i of the stream that `seed` (1,) names: a batch may be cut anywhere."""
+    logits = psel_logits(x, clean, scale, std, log_prior)
+    rows = row_offset + torch.arange(len(x), device=x.device)
+    noise = gumbel(philox(seed, rows, torch.arange(len(clean), device=x.device))).to(logits.dtype)
+    best, index = (logits + noise).nan_to_num(nan=-math.inf).max(1)
+    first = (logits + noise == best[:, None]).to(torch.uint8).argmax(1)  # max promises no order among equals; argmax of a 0/1 row does
+    return torch.where(best > -math.inf, first, -1).to(index.dtype), torch.logsumexp(logits, 1)
+
+
+def psel_mix(weight: Tensor, clean: Tensor) -> Tensor:
+    """weight (B, K) @ clean (K, D). A weight of 0 takes nothing from its row, whatever is in it; a NaN weight gives a NaN row."""
+    dtype = _arithmetic(clean.dtype)
+    points = clean.to(dtype)
+    broken = ~torch.isfinite(points).all(1)
+    out = weight.to(dtype) @ points.masked_fill(broken[:, None], 0)
+    touched = (weight[:, broken] != 0).any(1, keepdim=True)
+    return out.masked_fill(touched, math.nan)
+
+
+# The three that follow run on every backend: they are made of the ops psel and psel_mix, a few rows at a time.
+_MIX_CHUNK = 1 << 22  # elements of p held at a time: 16 MB in float32
+
+
+def psel_mean(x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None) -> tuple[Tensor, Tensor]:
+    """sum_j p_ij clean_j (B, D) in the dtype of x, and the logsumexp (B,)."""
+    ops, mean, log_normalizer = torch.ops.ltkernels, torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(scale)
+    for rows in _mix_chunks(len(x), len(clean)):
+        p, log_normalizer[rows] = ops.psel(x[rows], clean, scale[rows], std[rows], log_prior)
+        mean[rows] = ops.psel_mix(p, clean).to(x.dtype)
+    return mean, log_normalizer
+
+
+def psel_backward(
+    grad: Tensor, p: Tensor, x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, clean, scale, std, log_prior for grad (B, K) of p; an empty tensor for what is not needed."""
+    return _gradients([(slice(0, len(x)), p * (grad - (p * grad).sum(1, keepdim=True)))], x, clean, scale, std, needed, None)
+
+
+def psel_mean_backward(
+    grad: Tensor, mean: Tensor, x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same for grad (B, D) of the posterior mean: dl_ij = p_ij (clean_j - mean_i) . grad_i."""
+    ops, wide = torch.ops.ltkernels, grad.to(scale.dtype)
+    shares = torch.zeros_like(clean, dtype=scale.dtype)  # of clean by way of the sum itself: p^T grad
+
+    def logits():
+        for rows in _mix_chunks(len(x), len(clean)):
+            p, _ = ops.psel(x[rows], clean, scale[rows], std[rows], log_prior)
+            if needed[1]:
+                shares.add_(ops.psel_mix(p.T.contiguous(), wide[rows]))
+            along = ops.psel_mix(wide[rows], _finite(clean).T.contiguous()) - (wide[rows] * mean[rows]).sum(1, keepdim=True)
+            yield rows, p * along
+
+    return _gradients(logits(), x, clean, scale, std, needed, shares)
+
+
+def _gradients(parts, x, clean, scale, std, needed, shares):
+    """From (rows, dl (rows, K)): sum_j dl_ij = 0, so constants over j may be left out or put in; distances from the centre of `clean`
+    lose least."""
+    dtype, mix = scale.dtype, torch.ops.ltkernels.psel_mix
+    points = _finite(clean)
+    likes = zip((x, clean, scale, std), needed[:4], strict=True)
+    grads = [torch.zeros(like.shape if need else 0, dtype=dtype, device=x.device) for like, need in likes]
+    prior = torch.zeros(len(clean) if needed[4] else 0, dtype=dtype, device=x.device)
+    for rows, dl in parts:
+        s, variance, wide = scale[rows, None], std[rows, None].square(), x[rows].to(dtype)
+        if needed[0]:  # -(x - s c) / std^2, whose x drops out
+            grads[0][rows] = mix(dl, points) * s / variance
+        if needed[1]:  # s (x - s c) / std^2
+            factor = dl * s / variance
+            grads[1].add_(mix(factor.T.contiguous(), wide) - (factor * s).sum(0)[:, None] * points)
+        if needed[2] or needed[3]:
+            cross = mix(wide, points.T.contiguous())  # x . c
+            norms = points.square().sum(1)
+        if needed[2]:  # c . (x - s c) / std^2
+            grads[2][rows] = (dl * (cross - s * norms)).sum(1) / variance[:, 0]
+        if needed[3]:  # |x - s c|^2 / std^3, whose |x|^2 drops out
+            grads[3][rows] = (dl * (s.square() * norms - 2 * s * cross)).sum(1) / std[rows].pow(3)
+        if needed[4]:
+            prior.add_(dl.sum(0))
+    if needed[1] and shares is not None:
+        grads[1].add_(shares)
+    return grads[0].to(x.dtype), grads[1].to(clean.dtype), grads[2], grads[3], prior
+
+
+def _finite(clean: Tensor) -> Tensor:
+    """`clean` in the dtype of the answers, rows with NaN or inf as zeros: their probability is 0, and so is all that they pass on."""
+    wide = clean.to(_arithmetic(clean.dtype))
+    return wide.masked_fill(~torch.isfinite(wide).all(1, keepdim=True), 0)
+
+
+def _mix_chunks(rows: int, columns: int):
+    step = max(1, _MIX_CHUNK // max(1, columns))
+    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+
+
+def philox(seed: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(rows, columns) words of Philox4x32-10 (Salmon et al., 2011) as int64: key = seed, counter = (column / 4, row low, row high, 0)."""
+    word = 0xFFFFFFFF
+    seed = seed.reshape(()).to(rows.device)
+    key = [seed & word, (seed >> 32) & word]
+    group = torch.div(columns, 4, rounding_mode="floor")
+    counter = [group & word, rows[:, None] & word, (rows[:, None] >> 32) & word, torch.zeros_like(rows[:, None])]
+    counter = list(torch.broadcast_tensors(*counter))
+    for _ in range(10):
+        (high0, low0), (high2, low2) = _product(0xD2511F53, counter[0]), _product(0xCD9E8D57, counter[2])
+        counter = [high2 ^ counter[1] ^ key[0], low2, high0 ^ counter[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & word, (key[1] + 0xBB67AE85) & word]
+    return torch.stack(counter).gather(0, (columns % 4).expand(1, len(rows), len(columns)))[0]
+
+
+def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of the 64-bit product of two 32-bit numbers, in halves: int64 would overflow."""
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    middle = (low >> 16) + (high & 0xFFFF)
+    return (high >> 16) + (middle >> 16), ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def gumbel(words: Tensor) -> Tensor:
+    """-log(-log u), u = ((word >> 8) + .5) 2^-24, in float64."""
+    return -((((words >> 8).double() + 0.5) * 2.0**-24).log().neg().log())

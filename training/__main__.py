@@ -10,6 +10,10 @@ from collections.abc import Callable, Sequence
 COMMANDS = {
     "dgd": "train DGD (density-gradient guided diffusion) and compare it with k-means and with the same run without guidance",
     "cludi": "train CLUDI (clustering by self-supervised diffusion) and compare it with eight other clusterings of the same features",
+    "ddpm": "train an image diffusion model on a long tail, sample from it and evaluate the samples",
+    "cbdm": "the same with class-balancing diffusion",
+    "t2h": "the same with oriented calibration: noisy tail images may have head images as targets",
+    "sample": "more samples from a run of ddpm, cbdm or t2h, finished or not",
     "figures": "tables and pictures over several seeds: figures dgd, figures cludi",
     "features": "write a feature file of an image folder with a pretrained model of timm",
     "fetch": "download a data set for a machine without network",
@@ -27,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return _complain(f"ltkernels: the command must be one of {', '.join(COMMANDS)}; got {name!r}")
     try:
-        return {"dgd": _dgd, "cludi": _cludi, "features": _features, "figures": _figures, "fetch": _fetch}[name](rest)
+        return globals()[f"_{name}"](rest)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:  # of a command without checkpoints
@@ -52,19 +56,46 @@ def _cludi(arguments: list[str]) -> int:
     return _run("cludi", arguments, config.CLUDIConfig, config.CLUDI_PRESETS, run_cludi.cludi)
 
 
-def _run(name: str, arguments: list[str], kind: type, presets: dict, method: Callable) -> int:
+def _ddpm(arguments: list[str]) -> int:
+    return _images("ddpm", arguments)
+
+
+def _cbdm(arguments: list[str]) -> int:
+    return _images("cbdm", arguments)
+
+
+def _t2h(arguments: list[str]) -> int:
+    return _images("t2h", arguments)
+
+
+def _images(name: str, arguments: list[str]) -> int:
+    from . import config, run_images
+
+    method = lambda settings, preset: run_images.images(name, settings, preset)  # noqa: E731
+    return _run(name, arguments, run_images.CONFIGS[name], config.IMAGE_PRESETS[name], method, run_images.SCORES)
+
+
+def _sample(arguments: list[str]) -> int:
+    from . import run_images
+
+    return run_images.sample_main(arguments)
+
+
+def _run(name: str, arguments: list[str], kind: type, presets: dict, method: Callable, columns: tuple[str, ...] | None = None) -> int:
     from . import config
 
     settings, preset = parse(arguments, name, kind, presets)
     folder = config.run_folder(settings, name)
-    return stoppable(lambda: _show(method(settings, preset), folder), f"python -m training {name} --out {folder} --resume")
+    return stoppable(lambda: _show(method(settings, preset), folder, columns), f"python -m training {name} --out {folder} --resume")
 
 
-def _show(report: dict, folder) -> None:
-    from .runfolder import table
+def _show(report: dict | None, folder, columns: tuple[str, ...] | None) -> None:
+    from .runfolder import SCORES, table
 
-    print(table(report))
-    print(f"{report['dataset']}, {report['n']} rows, {report['seconds']:.0f} s; everything else is in {folder}")
+    if report is None:  # of all ranks but the first
+        return
+    print(table(report, columns or SCORES))
+    print(f"{report['dataset']}, {sum(report['counts'])} rows, {report['seconds']:.0f} s; everything else is in {folder}")
 
 
 def stoppable(job: Callable[[], None], again: str) -> int:
@@ -95,12 +126,30 @@ def parse(arguments: list[str], command: str, kind: type, presets: dict):
         raise ValueError(f"{command}: --preset must be one of {', '.join(presets)}; got {name!r}")
     preset = presets[name]
     rest = [re.sub(r"^--data(?=$|=)", "--dataset", word) for word in rest]  # a shorter name for the option that is given most
+    rest = imbalance_ratio(rest)
     text = f"{kind.__doc__}\n\nPresets: --preset {{{','.join(presets)}}}."
     settings = tyro.cli(kind, default=preset, args=rest, prog=f"python -m training {command}", description=text)
     stored = config.run_folder(settings, command) / "config.json"
     if settings.resume and stored.is_file() and chosen.preset is None:
         settings = tyro.cli(kind, default=config.read(stored, kind), args=rest, prog=f"python -m training {command}")
     return settings, preset
+
+
+def imbalance_ratio(words: list[str]) -> list[str]:
+    """--imb-factor f, as LDAM and CBDM have it, is --imbalance-ratio 1/f."""
+    from .data import resolve_imbalance
+
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--imb-factor=") else [word])]
+    if "--imb-factor" not in words[:-1]:
+        return words
+    at = words.index("--imb-factor")
+    if any(re.match(r"--imbalance[-_]ratio", word) for word in words):
+        raise ValueError("imbalance: give --imbalance-ratio or --imb-factor, not both")
+    try:
+        ratio = resolve_imbalance(imb_factor=float(words[at + 1]))
+    except ValueError as error:
+        raise ValueError(f"--imb-factor: {error}") from error
+    return [*words[:at], "--imbalance-ratio", repr(round(ratio, 9)), *words[at + 2 :]]
 
 
 def _figures(arguments: list[str]) -> int:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 PROVENANCE = ("paper", "code", "ours")
 BANDWIDTHS = ("knn-median", "scott")  # rules of ltkernels.knn_bandwidth
+TABLE5_ORDER = "7,2,6,4,5,3,9,0,1,8"  # of CIFAR-10: horse, bird, frog, deer, dog, cat, truck, airplane, automobile, ship
 _LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "ge": (">=", lambda value, limit: value >= limit),
     "gt": (">", lambda value, limit: value > limit),
@@ -32,7 +33,7 @@ def _setting(provenance: str, default: Any, **metadata: Any) -> Any:
 
 
 def paper(default: Any, **more: Any) -> Any:
-    """`more`: limits (ge, gt, lt), and code=value where the released code has another one."""
+    """`more`: limits (ge, gt, lt), code=value where the released code has another one, tables=(values of rows of the paper's tables)."""
     return _setting("paper", default, **more)
 
 
@@ -252,6 +253,130 @@ class CLUDIConfig(RunConfig):
         return math.sqrt(self.noise_scale_f2) if self.noise_std is None else self.noise_std
 
 
+@dataclass(frozen=True)
+class ImageConfig(RunConfig):
+    """Image diffusion on a long tail: what DDPM, CBDM and T2H share (001, section 4; the code bases OC_LT and CBDM).
+
+    The defaults train well on digits within minutes; the presets hold the rows of the paper's tables. D1 to D13 are the points where
+    paper and code disagree, see training/README.md.
+    """
+
+    dataset: str = ours("digits-lt", paper="cifar10-lt", tables=("cifar100-lt", "tiny-imagenet-lt", "imagenet-lt"))
+    """digits-lt, cifar10-lt, cifar100-lt, tiny-imagenet-lt, each also without -lt, imagenet-lt or folder[-lt]:PATH"""
+    imbalance_ratio: float = ours(20.0, paper=100.0, tables=(1000.0,), ge=1)
+    """head : tail of the -lt data sets; --imb-factor .05 is --imbalance-ratio 20"""
+    class_order: str | None = ours(None, tables=(TABLE5_ORDER,))
+    """classes from head to tail: numbers with commas, reversed, or seed:N; default: as numbered (Table 5 has another one)"""
+
+    # Diffusion.
+    timesteps: int = paper(1000, ge=1)  # T
+    beta_start: float = paper(1e-4, gt=0, lt=1)
+    beta_end: float = paper(0.02, gt=0, lt=1)
+    prediction: Literal["epsilon", "v", "x0"] = paper("epsilon")  # what the network's output is
+
+    # Network.
+    conditional: bool = paper(True, tables=(False,))  # the network is told the label
+    network: Literal["auto", "unet", "mlp"] = ours("auto", code="unet")  # auto: mlp for images up to 8x8, unet above
+    width: int | None = ours(None, code=128, ge=2)  # default: 128 for unet, 256 for mlp
+    dropout: float = ours(0.0, code=0.1, ge=0, lt=1)
+    flip: Literal["auto", "yes", "no"] = ours("auto", code="yes")  # every second image mirrored; auto: but not digits, which have a side
+    augment: Literal["none", "ada"] = code("none")  # ada: 9 kinds of geometric augmentation, whose parameters the network is told
+    augment_p: float = code(0.12, gt=0)  # probability of each
+
+    # Optimisation: Adam.
+    steps: int = ours(5000, paper=300_000, code=200_000, tables=(100_000, 400_000), ge=1)
+    """the paper follows CBDM, whose code makes 300000; OC_LT evaluates its checkpoint of 200000 (D8)"""
+    batch_size: int = code(128, paper=64, ge=1)  # of all ranks together (D8)
+    lr: float = ours(1e-3, code=2e-4, gt=0)  # constant after the warm-up
+    warmup: int = ours(200, code=5000, ge=0)  # steps in which the learning rate rises
+    ema_decay: float = ours(0.999, code=0.9999, ge=0, lt=1)
+    clip: float = code(1.0, gt=0)  # of the gradient's norm
+    batch_resample: Literal["none", "balanced", "sqrt"] = paper("none", tables=("balanced",))
+    """rows of a batch: every row once an epoch; class uniform, then row uniform; classes by the square root of their size (D3)"""
+    cfg_drop: float = code(0.1, ge=0)  # share of labels that the network is not told (classifier-free guidance)
+    cfg_drop_mode: Literal["sample", "batch"] = ours("sample", code="batch")  # drop the labels of single rows, or of whole batches
+    finetune: str | None = ours(None)  # run folder whose averaged weights this run starts from (Table 8)
+    amp: Literal["none", "bf16"] = code("none")  # autocast of the network
+    channels_last: bool = ours(False)
+    compile: bool = ours(False)  # torch.compile of the network
+    grid_every: int = ours(0, ge=0)  # steps between pictures of samples from one fixed noise; 0: none
+
+    # Samples, from the averaged weights.
+    samples: int = ours(2000, paper=50_000, tables=(10_000, 20_000), ge=1)
+    sample_labels: Literal["equal", "uniform"] = paper("equal", code="uniform")  # as many of each class, or drawn
+    sampler: Literal["ddim", "ddpm"] = paper("ddim")
+    sample_steps: int = paper(100, ge=1)
+    omega: float = ours(0.5, paper=1.5)  # w of (1 + w) eps(x, y) - w eps(x)
+    clip_x0: bool = ours(True, code=False)  # predicted images stay in [-1, 1]; the released clip has no effect
+    variance: Literal["fixedlarge", "fixedsmall"] = code("fixedlarge")  # of the sampler ddpm
+    ddim_quirk: bool = ours(False, code=True)  # the released DDIM's steps, whose last one does nothing
+    sample_batch: int = runtime(500, ge=1)  # images sampled at a time
+    split_rule: Literal["tercile", "count"] = ours("tercile")  # which classes are many, med and few
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sample_steps > self.timesteps:
+            raise ValueError(f"config: sample_steps must be <= timesteps={self.timesteps}; got {self.sample_steps}")
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"config: beta_start must be <= beta_end={self.beta_end}; got {self.beta_start}")
+        if self.cfg_drop > 1:
+            raise ValueError(f"config: cfg_drop must be <= 1; got {self.cfg_drop}")
+        if self.ddim_quirk and self.sampler != "ddim":
+            raise ValueError(f"config: ddim_quirk is about the sampler ddim; got {self.sampler}")
+
+
+@dataclass(frozen=True)
+class DDPMConfig(ImageConfig):
+    """DDPM: plain denoising diffusion, the base of CBDM and T2H.
+
+    The defaults train well on digits within minutes; the presets hold the rows of the tables of 001.
+    """
+
+    omega: float = ours(0.5, paper=1.5, code=0.8)  # w of (1 + w) eps(x, y) - w eps(x); code: CBDM's, for DDPM
+
+
+@dataclass(frozen=True)
+class CBDMConfig(ImageConfig):
+    """CBDM: class-balancing diffusion (Qin et al., 2023; 001, appendix D): the noise predicted for one label is drawn to that for another.
+
+    The defaults train well on digits within minutes; the presets hold the rows of the tables of 001.
+    """
+
+    omega: float = ours(0.5, paper=1.5, code=1.6)  # w of (1 + w) eps(x, y) - w eps(x); code: CBDM's, 2 after fine-tuning
+    cb_tau: float = code(1.0, ge=0)  # tau of tau t / T (D12)
+    cb_sampling: Literal["train", "uniform", "sqrt"] = code("train")
+    """the other label: by the training set's frequencies (from scratch), uniform (when fine-tuning), by their square roots"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.conditional:
+            raise ValueError("config: CBDM compares labels, so it needs conditional; got --no-conditional")
+
+
+@dataclass(frozen=True)
+class T2HConfig(ImageConfig):
+    """T2H: long-tailed diffusion with oriented calibration (001): the target of a noisy tail image may be a head image, chosen by p_sel.
+
+    The defaults train well on digits within minutes; the presets hold the rows of the paper's tables.
+    """
+
+    batch_resample: Literal["none", "balanced", "sqrt"] = paper("balanced", code="none")
+    """rows of a batch: every row once an epoch; class uniform, then row uniform; classes by the square root of their size (D3)"""
+    transfer_mode: Literal["t2h", "h2t", "full"] = paper("t2h", tables=("h2t", "full"))
+    """whose image may become the target: one of a class at least as frequent, at most as frequent, any (D4)"""
+    transfer_estimator: Literal["sample", "mean"] = paper("sample")  # Eq. 8, or the mean over all that may be chosen (Eq. 6)
+    transfer_beta: float | None = ours(None)  # beta of Eq. 7, which replaces the gate: 1 is close to t2h, -1 to h2t, 0 is full (D7)
+    transfer_cut_time: int | None = ours(None, ge=1)  # rows with t below this only are transferred; default: all (D6)
+    uncond_transfer_mode: Literal["same", "none", "t2h", "h2t", "full"] = code("same")  # of rows whose label was dropped (D5)
+    reference: Literal["batch", "gather", "bank"] = code("batch")
+    """the images to choose from: a rank's own rows, the whole batch of all ranks, the whole data set"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference == "bank" and self.augment != "none":
+            raise ValueError(f"config: reference bank holds images as they are, so it needs augment none; got {self.augment}")
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +437,7 @@ def resolved(config: RunConfig, preset: RunConfig) -> dict[str, dict[str, Any]]:
         provenance = item.metadata["provenance"]
         if value != item.default:
             sources = [source for source in PROVENANCE if source in item.metadata and item.metadata[source] == value]
+            sources += ["paper"] * (value in item.metadata.get("tables", ()))
             provenance = (sources or ["ours"])[0] if value == getattr(preset, item.name) else "user"
         out[item.name] = {"value": value, "provenance": provenance}
     return out
@@ -375,3 +501,46 @@ CLUDI_PRESETS = {
     "cludi-paper": as_in("paper", CLUDIConfig),
     "cludi-code": as_in("code", CLUDIConfig),
 }
+
+DATASETS_001 = {  # of Tables 2, 3, 7 of 001, with the number of generated images
+    "table2-cifar10": {"dataset": "cifar10-lt"},
+    "table2-cifar10-1000": {"dataset": "cifar10-lt", "imbalance_ratio": 1000.0},
+    "table2-cifar100": {"dataset": "cifar100-lt"},
+    "table3-tiny-imagenet": {"dataset": "tiny-imagenet-lt", "image_size": 64, "samples": 10_000},
+    "table5-cifar10": {"dataset": "cifar10-lt", "class_order": TABLE5_ORDER},
+    "table7-imagenet": {"dataset": "imagenet-lt", "image_size": 64, "samples": 20_000},
+}
+ROWS_001 = {  # of Table 1, and the plain models that Table 8 starts from, whose figures are those of rows A and G (D9)
+    "ddpm": {
+        "table1-a": {"conditional": False},
+        "table1-b": {"conditional": False, "batch_resample": "balanced"},
+        "table1-f": {},
+        "table1-g": {"batch_resample": "balanced"},
+        **{f"table8-plain-uncond-{n}k": {"conditional": False, "steps": n * 1000} for n in (100, 200, 300, 400)},
+        **{f"table8-plain-cond-{n}k": {"batch_resample": "balanced", "steps": n * 1000} for n in (100, 200, 300, 400)},
+    },
+    "cbdm": {},
+    "t2h": {
+        "table1-c": {"conditional": False, "transfer_mode": "full"},
+        "table1-d": {"conditional": False},
+        "table1-e": {"conditional": False, "transfer_mode": "h2t"},
+        "table1-h": {"transfer_mode": "h2t"},
+        "table1-i": {"transfer_mode": "full"},
+        "table1-j": {},
+        "table8-uncond": {"conditional": False, "transfer_mode": "h2t"},  # with --finetune RUN
+        "table8-cond": {},
+    },
+}
+
+
+def image_presets(method: str, kind: type[ImageConfig]) -> dict[str, ImageConfig]:
+    """Of the tables: what the paper states, the released code where it is silent; batches and steps of OC_LT's README, the budget that
+    can be checked. 300k holds the other reading, CBDM's budget (D8); code what the released code does."""
+    stated, released = (dataclasses.replace(as_in(source, kind), checkpoint_every=5000) for source in ("paper", "code"))
+    readme = dataclasses.replace(stated, batch_size=128, steps=200_000)
+    rows = {name: dataclasses.replace(readme, **row) for name, row in {**ROWS_001[method], **DATASETS_001}.items()}
+    return {"default": kind(), "short": kind(steps=300, samples=200, sample_steps=25), "300k": stated, "code": released, **rows}
+
+
+IMAGE_CONFIGS = {"ddpm": DDPMConfig, "cbdm": CBDMConfig, "t2h": T2HConfig}
+IMAGE_PRESETS = {name: image_presets(name, kind) for name, kind in IMAGE_CONFIGS.items()}

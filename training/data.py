@@ -1,7 +1,8 @@
 """Data sets with a long tail: what `--dataset` can name, how rows are chosen, three synthetic sets of known density.
 
 A name with `-lt` (`digits-lt`, `cifar10-lt`, `folder-lt:<path>`, `features-lt:<file>`) is a long-tailed subset of the
-set without it; class 0 is the head. Counts and rows are LDAM's (Cao et al., 2019): CIFAR row lists equal theirs.
+set without it; class 0 is the head, unless `order` says otherwise. Counts and rows are LDAM's (Cao et al., 2019): CIFAR row
+lists equal theirs.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .loop import generator
+
 CIFAR = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100)}  # name: torchvision class, number of classes
-NAMES = tuple(name + "[-lt]" for name in ("digits", *CIFAR)) + ("folder[-lt]:<path>", "features[-lt]:<file.npz>")
+NAMES = (
+    *(f"{name}[-lt]" for name in ("digits", *CIFAR, "tiny-imagenet")), "imagenet-lt", "folder[-lt]:<path>", "features[-lt]:<file.npz>",
+)  # fmt: skip
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"})
 PROFILES = ("exp", "step", "uniform")
 SYNTHETIC = ("two-gaussians", "moons", "tail-16d")
@@ -190,6 +195,43 @@ def train_holdout_split(dataset: Dataset, fraction: float = 0.2, seed: int = 0) 
     return dataset.subset(~held), dataset.subset(held)
 
 
+def class_order(text: str | None, num_classes: int) -> list[int]:
+    """Classes from head to tail: "7,2,6", "reversed", "seed:N" (a permutation), None as they are numbered."""
+    order = list(range(num_classes))
+    if text is None:
+        return order
+    if text == "reversed":
+        return order[::-1]
+    if text.startswith("seed:") and text[5:].isdecimal():
+        return np.random.RandomState(int(text[5:])).permutation(num_classes).tolist()
+    given = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
+    if sorted(given) != order:
+        raise ValueError(f"class_order: expected reversed, seed:N or each of 0 to {num_classes - 1} once, with commas; got {text!r}")
+    return given
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def batch_of_rows(labels: Tensor, resample: str, batch_size: int, step: int, seed: int, rng: torch.Generator) -> Tensor:
+    """Rows (batch_size,) of step `step` of a set with labels (N,).
+
+    none: permutations of all rows, one after another, cut into batches of one size. balanced, sqrt: a class, uniformly or by the square
+    root of its size, then one of its rows, both with replacement and drawn from `rng`.
+    """
+    if resample == "none":
+        place = step * batch_size + np.arange(batch_size)
+        epochs = np.unique(place // len(labels))
+        order = [torch.randperm(len(labels), generator=generator(seed, "denoise", "epoch", int(epoch))) for epoch in epochs]
+        return torch.cat(order)[torch.from_numpy(place - epochs[0] * len(labels))].to(labels.device)
+    counts = torch.bincount(labels)
+    weight = torch.where(counts > 0, counts.double() ** {"balanced": 0.0, "sqrt": 0.5}[resample], 0.0)
+    label = torch.multinomial(weight, batch_size, replacement=True, generator=rng)
+    place = torch.rand(batch_size, generator=rng, device=labels.device, dtype=torch.float64) * counts[label]
+    first = counts.cumsum(0) - counts  # where a class starts among the rows sorted by class
+    return labels.argsort(stable=True)[first[label] + place.long()]
+
+
 # ---- sources ---------------------------------------------------------------------------------------------------------
 # A source is (labels of every row, number of classes, read(rows) -> tensor): rows are chosen before any is decoded.
 
@@ -206,17 +248,24 @@ def load(
     indices: str | Path | None = None,
     image_size: int = 32,
     width: int | None = None,
+    order: str | None = None,
 ) -> Dataset:
     """The data set `name`. Nothing is ever downloaded here; see `fetch`.
 
     imbalance_ratio, profile, seed: the long-tailed choice of rows, for names with `-lt` only. n_max is the size of the
-    smallest class, so that every class can play every part (digits: 174, hence 707 images at ratio 10).
+    smallest class, so that every class can play every part (digits: 174, hence 707 images at ratio 10). order: which class is the head,
+    and so on, see `class_order`; labels keep their numbers. imagenet-lt is a list of files and has all this already.
     indices: a file of `save_indices`: those rows and no others, in that order. image_size: side of a folder's images.
     width: refuse a feature file of another width. Example: `load("digits-lt").counts[0] == 174`.
     """
     kind, _, path = name.partition(":")
     base = kind.removesuffix("-lt")
-    if base == "digits" and not path:
+    if kind == "imagenet-lt" and not path:
+        kind = base = "imagenet-lt"
+        labels, num_classes, read = _imagenet(Path(root), "train", image_size)
+    elif base == "tiny-imagenet" and not path:
+        labels, num_classes, read = _tiny(Path(root) / "tiny-imagenet-200", image_size)
+    elif base == "digits" and not path:
         labels, num_classes, read = _digits()
     elif base in CIFAR and not path:
         labels, num_classes, read = _cifar(base, root)
@@ -235,13 +284,31 @@ def load(
             raise ValueError(
                 f"dataset {name}: a long tail needs rows of every class; class {available.index(0)} has none"
             )
-        rows = select_rows(labels, long_tail_counts(min(available), num_classes, imbalance_ratio, profile), seed)
+        counts, classes = long_tail_counts(min(available), num_classes, imbalance_ratio, profile), class_order(order, num_classes)
+        rows = select_rows(labels, [counts[classes.index(label)] for label in range(num_classes)], seed)
     else:
         rows = np.arange(len(labels))
-    data, labels = read(rows), torch.from_numpy(labels[rows])
-    images, features = (None, data) if base == "features" else (data, None)
+    return _taken(name, base == "features", (labels, num_classes, read), rows)
+
+
+def balanced_reference(name: str, *, root: str | Path = "data", image_size: int = 32) -> Dataset:
+    """The images that generated ones are compared with: all of the set without -lt; the validation sets of TinyImageNet and ImageNet-LT,
+    as in 001."""
+    base = name.partition(":")[0].removesuffix("-lt")
+    if base == "imagenet":
+        source = _imagenet(Path(root), "val", image_size)
+    elif base == "tiny-imagenet":
+        source = _tiny(Path(root) / "tiny-imagenet-200", image_size, validation=True)
+    else:
+        return load(name.replace("-lt", "", 1) if name.partition(":")[0].endswith("-lt") else name, root=root, image_size=image_size)
+    return _taken(name, False, source, np.arange(len(source[0])))
+
+
+def _taken(name: str, features: bool, source: Source, rows: np.ndarray) -> Dataset:
+    labels, num_classes, read = source
+    labels, data = torch.from_numpy(labels[rows]), read(rows)
     counts = class_counts(labels, num_classes)
-    return Dataset(name, images, features, labels, torch.from_numpy(rows), num_classes, counts)
+    return Dataset(name, None if features else data, data if features else None, labels, torch.from_numpy(rows), num_classes, counts)
 
 
 def fetch(name: str, root: str | Path = "data") -> Path:
@@ -284,14 +351,51 @@ def _folder(path: Path, image_size: int) -> Source:
     if image_size < 1:
         raise ValueError(f"dataset folder: image_size must be >= 1; got {image_size}")
     classes, flat, labels = folder_files(path)
+    return labels, len(classes), _reader(flat, image_size, path.name)
 
+
+def _reader(files: Sequence[Path], image_size: int, name: str) -> Callable[[np.ndarray], Tensor]:
     def read(rows: np.ndarray) -> Tensor:
         out = np.empty((len(rows), image_size, image_size, 3), dtype=np.uint8)
-        for i, row in enumerate(tqdm(rows, desc=f"reading {path.name}", unit="image", leave=False, disable=None)):
-            out[i] = _read_image(flat[row], image_size)
+        for i, row in enumerate(tqdm(rows, desc=f"reading {name}", unit="image", leave=False, disable=None)):
+            out[i] = _read_image(files[row], image_size)
         return _to_unit(out)
 
-    return labels, len(classes), read
+    return read
+
+
+def _tiny(path: Path, image_size: int, validation: bool = False) -> Source:
+    """TinyImageNet as it is unpacked: train/<wnid>/images/<image>, val/images/<image> with val/val_annotations.txt."""
+    where = "dataset tiny-imagenet"
+    if not (path / "train").is_dir():
+        raise FileNotFoundError(f"{where}: expected {path}/train/<wnid>/images/<image>, as unpacked; there is no {path}/train")
+    classes, files, labels = folder_files(path / "train")
+    if validation:
+        table = path / "val" / "val_annotations.txt"
+        if not table.is_file():
+            raise FileNotFoundError(f"{where}: expected {table} with lines of an image and its wnid; there is no such file")
+        pairs = [line.split("\t")[:2] for line in table.read_text().splitlines() if line]
+        unknown = [pair for pair in pairs if len(pair) < 2 or pair[1] not in classes]
+        if unknown:
+            raise ValueError(f"{where}: {table} must name classes of {path}/train; got {unknown[0]}")
+        files = [path / "val" / "images" / name for name, _ in pairs]
+        labels = np.array([classes.index(wnid) for _, wnid in pairs])
+    return labels.astype(np.int64), len(classes), _reader(files, image_size, path.name)
+
+
+def _imagenet(root: Path, part: str, image_size: int) -> Source:
+    """ImageNet-LT: the public lists ImageNet_LT_<part>.txt with lines "path label", whose paths are below `root`."""
+    table, where = root / f"ImageNet_LT_{part}.txt", "dataset imagenet-lt"
+    if not table.is_file():
+        raise FileNotFoundError(f"{where}: expected the public list {table}, 'path label' a line; there is no such file")
+    pairs = [line.rsplit(maxsplit=1) for line in table.read_text().splitlines() if line.strip()]
+    bad = [number for number, pair in enumerate(pairs, 1) if len(pair) != 2 or not pair[1].isdecimal()]
+    if bad or not pairs:
+        raise ValueError(f"{where}: {table} must have lines 'path label'; got {f'another line {bad[0]}' if bad else 'none'}")
+    files, labels = [root / name for name, _ in pairs], np.array([int(label) for _, label in pairs], dtype=np.int64)
+    if not files[0].is_file():
+        raise FileNotFoundError(f"{where}: {table} names {files[0]}; there is no such file, so images are not below {root} as in the list")
+    return labels, int(labels.max()) + 1, _reader(files, image_size, "ImageNet-LT")
 
 
 def folder_files(path: Path) -> tuple[list[str], list[Path], np.ndarray]:

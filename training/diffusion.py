@@ -16,6 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 Shift = Callable[[Tensor, Tensor, float, Tensor, float], Tensor]  # (z_t, mu, var, x0hat, t / T) -> what is added to mu
+Net = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x_t, t (B,), labels (B,) or None) -> like x_t
+PREDICTIONS = ("epsilon", "v", "x0")
+SAMPLERS = ("ddim", "ddpm")
+VARIANCES = ("fixedlarge", "fixedsmall")
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
@@ -29,14 +33,40 @@ class Schedule:
     steps: int
     alpha_bar: Tensor  # (steps + 1,) float64, alpha_bar[0] = 1
 
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, std) = sqrt(abar_t), sqrt(1 - abar_t) for times t (B,), computed in float64, in the dtype and on the device of `like`."""
+        alpha_bar = self.alpha_bar.to(t.device)[t]  # the table to the times: the other way round, a GPU would be waited for
+        return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
+
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """q(z_t | z_0) for times t (B,)."""
-        alpha_bar = self.alpha_bar[t.cpu()]
-        return _column(alpha_bar.sqrt(), x0) * x0 + _column((1 - alpha_bar).sqrt(), x0) * eps
+        scale, std = self.coefficients(t, x0)
+        return _column(scale, x0) * x0 + _column(std, x0) * eps
 
     def predict_x0(self, z_t: Tensor, eps: Tensor, t: int) -> Tensor:
         alpha_bar = float(self.alpha_bar[t])
         return (z_t - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
+
+    def estimates(
+        self, z_t: Tensor, output: Tensor, t: int, prediction: str = "epsilon", clip: tuple[Tensor | float, Tensor | float] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(x0hat, eps) of a network whose output is eps, z_0, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0.
+
+        With `clip` = (low, high), x0hat stays between them and eps becomes what would have led here from there.
+        """
+        scale, std = math.sqrt(float(self.alpha_bar[t])), math.sqrt(1 - float(self.alpha_bar[t]))
+        if prediction == "epsilon":
+            x0, eps = self.predict_x0(z_t, output, t), output
+        elif prediction == "v":
+            x0, eps = scale * z_t - std * output, std * z_t + scale * output
+        elif prediction == "x0":  # by way of eps, z_0 would lose its digits where abar_t is small
+            x0, eps = output, (z_t - scale * output) / std
+        else:
+            raise ValueError(f"estimates: prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
+        if clip is not None:
+            x0 = x0.clamp(*clip)
+            eps = (z_t - scale * x0) / std
+        return x0, eps
 
     def reverse_variance(self, t: int, s: int, eta: float = 1.0) -> float:
         """Sigma of the step t -> s: eta^2 (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s). eta = 1 is the DDPM posterior, 0 is DDIM."""
@@ -51,20 +81,14 @@ class Schedule:
         mean = sqrt(abar_s) x0hat + sqrt(1 - abar_s - Sigma) eps. With s = t - 1 and eta = 1 this is A.2 of 000,
         (z_t - (1 - alpha_t) / sqrt(1 - abar_t) eps) / sqrt(alpha_t); the supplement prints sqrt(1 - alpha_t), a typo.
         """
-        x0 = self.predict_x0(z_t, eps, t)
-        if clip is not None:
-            alpha_bar = float(self.alpha_bar[t])
-            x0 = x0.clamp(*clip)
-            eps = (z_t - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)  # what would have led here from the clipped x0hat
+        x0, eps = self.estimates(z_t, eps, t, clip=clip)
         variance = self.reverse_variance(t, s, eta)
         return x0, self._mean(x0, eps, s, variance), variance
 
     def reverse_x0(self, z_t: Tensor, x0: Tensor, t: int, s: int, eta: float = 1.0) -> tuple[Tensor, float]:
-        """(mean, variance) of the step t -> s of a network that predicts z_0. By way of eps, z_0 would lose its digits where abar_t
-        is small."""
-        alpha_bar, variance = float(self.alpha_bar[t]), self.reverse_variance(t, s, eta)
-        eps = (z_t - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
-        return self._mean(x0, eps, s, variance), variance
+        """(mean, variance) of the step t -> s of a network that predicts z_0."""
+        variance = self.reverse_variance(t, s, eta)
+        return self._mean(*self.estimates(z_t, x0, t, "x0"), s, variance), variance
 
     def _mean(self, x0: Tensor, eps: Tensor, s: int, variance: float) -> Tensor:
         alpha_bar = float(self.alpha_bar[s])
@@ -158,3 +182,66 @@ def sample(
         noise = torch.randn(z.shape, generator=rng, device=z.device, dtype=z.dtype)
         z = mean + math.sqrt(variance) * noise
     return z
+
+
+def guided_output(net: Net, x: Tensor, t: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
+    """(1 + w) net(x, t, y) - w net(x, t, none): classifier-free guidance, which for v and x0 is the same as for the noise. w = 0, or no
+    labels at all, is one evaluation."""
+    conditional = net(x, t, labels)
+    if labels is None or guidance == 0:
+        return conditional
+    return (1 + guidance) * conditional - guidance * net(x, t, torch.full_like(labels, -1))
+
+
+@torch.no_grad()
+def sample_images(
+    diffusion: Schedule,
+    net: Net,
+    x_T: Tensor,
+    labels: Tensor | None,
+    *,
+    rng: torch.Generator,
+    sampler: str = "ddim",
+    steps: int = 100,
+    guidance: float = 0.0,
+    prediction: str = "epsilon",
+    clip_x0: bool = False,
+    ddim_quirk: bool = False,
+    variance: str = "fixedlarge",
+    progress: str | None = None,
+) -> Tensor:
+    """Images in [-1, 1] from noise x_T (N, C, H, W) for labels (N,), -1 for none, in `steps` evenly spaced steps T -> 0.
+
+    ddim draws nothing (eta = 0); ddpm draws its noise from `rng` with the variance beta = 1 - abar_t / abar_s of the step t -> s
+    ("fixedlarge", as released) or that of the posterior ("fixedsmall"). The last step ends at x0hat, without noise.
+
+    clip_x0 keeps every step's x0hat in [-1, 1], and with it the step: the released code clips after the mean has been computed, which
+    has no effect. ddim_quirk takes the released DDIM's steps: 991, 981, .., 1 in the papers' times for 100 steps, whose last one leads
+    from 1 to 1; so x_T counts as less noisy than it is, and the answer keeps the noise of t = 1.
+
+    The result is a function of the weights, x_T, labels and rng, provided that `net` draws nothing: put it into evaluation mode.
+    """
+    for name, value, known in (("sampler", sampler, SAMPLERS), ("variance", variance, VARIANCES), ("prediction", prediction, PREDICTIONS)):
+        if value not in known:
+            raise ValueError(f"sample_images: {name} must be one of {', '.join(known)}; got {value!r}")
+    times = _released_ddim_times(diffusion.steps, steps) if ddim_quirk else diffusion.times(steps)
+    if ddim_quirk and sampler != "ddim":
+        raise ValueError(f"sample_images: ddim_quirk is about the sampler ddim; got {sampler!r}")
+    clip = (-1.0, 1.0) if clip_x0 else None
+    x = x_T
+    for t, s in tqdm(list(zip(times[:-1], times[1:], strict=True)), desc=progress, leave=False, disable=progress is None):
+        output = guided_output(net, x, torch.full((len(x),), t, device=x.device), labels, guidance)
+        x0, eps = diffusion.estimates(x, output, t, prediction, clip)
+        x = diffusion._mean(x0, eps, s, 0.0 if sampler == "ddim" else diffusion.reverse_variance(t, s))
+        if sampler == "ddpm" and s > 0:
+            beta = 1 - float(diffusion.alpha_bar[t] / diffusion.alpha_bar[s])
+            noise = torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
+            x = x + math.sqrt(beta if variance == "fixedlarge" else diffusion.reverse_variance(t, s)) * noise
+    return x.clamp(-1, 1)
+
+
+def _released_ddim_times(total: int, steps: int) -> list[int]:
+    """Indices T - skip, .., skip, 0 and once more 0, as times."""
+    if not 1 <= steps <= total or total % steps:
+        raise ValueError(f"sample_images: with ddim_quirk, steps must divide {total}; got {steps}")
+    return [*range(total - total // steps + 1, 0, -(total // steps)), 1]

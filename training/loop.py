@@ -2,6 +2,10 @@
 
 Everything random in step n is drawn from a generator seeded with (seed, rank, stage, n): no generator state is ever saved, and a run
 that was stopped and resumed ends with the bits of one that was not.
+
+Under torchrun every rank has the same generator and takes its own rows of what was drawn for the whole batch. The gradients are averaged
+by one all-reduce rather than by DistributedDataParallel: the modules stay what the checkpoint, the EMA and a stage that calls its network
+twice a step know, and no gradient is missing where a rank's rows happen not to use a parameter.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoint
+from . import checkpoint, ranks
 
 
 def generator(seed: int, *key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -65,6 +69,9 @@ class Stage:
     def clip_gradients(self, params: list[nn.Parameter]) -> None:
         nn.utils.clip_grad_norm_(params, 1.0)
 
+    def after_step(self, step: int) -> None:
+        """What follows the optimiser's step: an average of the weights, a picture."""
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal stopped the run after a checkpoint was written."""
@@ -84,29 +91,46 @@ def train(
         return
     optimiser = stage.optimiser(groups)
     done = checkpoint.restore(folder, stage.name, stage.modules, optimiser, stage.cache)
-    log = Log(folder / "log.jsonl", stage.name, done)
+    log = Log(folder / "log.jsonl", stage.name, done, write=ranks.rank() == 0)
     device = params[0].device
 
-    with noted_signals() as received, tqdm(total=stage.steps, initial=done, desc=stage.name, disable=not progress) as bar:
+    quiet = not progress or ranks.rank() > 0
+
+    with noted_signals() as received, tqdm(total=stage.steps, initial=done, desc=stage.name, disable=quiet) as bar:
         for step in range(done, stage.steps):
             for group, lr in zip(optimiser.param_groups, stage.lr.values(), strict=True):
                 group["lr"] = lr * stage.decay(step)
             loss, figures = stage.loss(step, generator(seed, rank, stage.stream or stage.name, step, device=device))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
+            figures = {name: value.detach() for name, value in {"loss": loss, **figures}.items()}
+            figures = averaged(params, figures) if ranks.size() > 1 else figures
             stage.clip_gradients(params)
             optimiser.step()
-            log.add(step, {"loss": loss, **figures})
+            stage.after_step(step)
+            log.add(step, figures)
             bar.update()
 
-            last = step + 1 == stage.steps
-            if last or received or (step + 1) % checkpoint_every == 0:
+            last, stop = step + 1 == stage.steps, ranks.first_signal(received)
+            if last or stop or (step + 1) % checkpoint_every == 0:
                 log.flush()
-                checkpoint.save(folder, stage.name, step + 1, stage.modules, optimiser, stage.cache)
-            if received and not last:
-                raise Interrupted(received[0], stage.name, step + 1)
-    if received:  # came during the last step: the stage is complete, the run is not
-        raise Interrupted(received[0], stage.name, stage.steps)
+                if ranks.rank() == 0:
+                    checkpoint.save(folder, stage.name, step + 1, stage.modules, optimiser, stage.cache)
+                ranks.wait()  # nobody leaves before the checkpoint is whole
+            if stop and not last:
+                raise Interrupted(stop, stage.name, step + 1)
+    if stop := ranks.first_signal(received):  # came during the last step: the stage is complete, the run is not
+        raise Interrupted(stop, stage.name, stage.steps)
+
+
+def averaged(params: list[nn.Parameter], figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients, in place, and figures become the means over the ranks."""
+    for param in params:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+    figures = {name: value.to(params[0].grad, copy=True) for name, value in figures.items()}
+    ranks.average([*(param.grad for param in params), *figures.values()])
+    return figures
 
 
 @contextmanager
@@ -132,8 +156,10 @@ def noted_signals() -> Iterator[list[int]]:
 class Log:
     """log.jsonl, one line a step. Figures stay tensors until `flush`, so that a step never waits for the device."""
 
-    def __init__(self, path: Path, stage: str, done: int):
-        self.path, self.stage, self.pending = path, stage, []
+    def __init__(self, path: Path, stage: str, done: int, write: bool = True):
+        self.path, self.stage, self.write, self.pending = path, stage, write, []
+        if not write:
+            return
         rows = [row for row in read_log(path) if row["stage"] != stage or row["step"] < done]  # the rest will be run again
         with checkpoint.replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -142,13 +168,18 @@ class Log:
         self.pending.append((step, {name: value.detach() for name, value in figures.items()}))
 
     def flush(self) -> None:
-        with open(self.path, "a") as file:
+        lines = []
+        try:
             for step, figures in self.pending:
                 values = torch.stack([value.double() for value in figures.values()]).tolist()
                 row = {"stage": self.stage, "step": step, **dict(zip(figures, values, strict=True))}
                 if not np.isfinite(row["loss"]):
                     raise FloatingPointError(f"train: the loss of stage {self.stage} is {row['loss']} in step {step}")
-                file.write(json.dumps(row) + "\n")
+                lines.append(json.dumps(row) + "\n")
+        finally:
+            if self.write:
+                with open(self.path, "a") as file:
+                    file.writelines(lines)
         self.pending.clear()
 
 

@@ -141,6 +141,30 @@ def loss_curves(
     return _save(figure, path, f"thin: as logged; thick: running mean over a twentieth of the rows. Rows: {counts}")
 
 
+def tiles(path: str | Path, images: Array, *, columns: int = 8) -> Path:
+    """Images (N, C, H, W) uint8 side by side, without a frame or a word: many of them are written while a run trains."""
+    from PIL import Image
+
+    images = np.asarray(images, dtype=np.uint8).transpose(0, 2, 3, 1)  # (N, H, W, C)
+    scale = max(1, 48 // images.shape[1])
+    images = np.pad(images.repeat(scale, 1).repeat(scale, 2), ((0, -len(images) % columns), (0, 2), (0, 2), (0, 0)), constant_values=255)
+    _, height, width, channels = images.shape
+    sheet = images.reshape(-1, columns, height, width, channels).swapaxes(1, 2).reshape(-1, columns * width, channels)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet.squeeze(2) if channels == 1 else sheet).save(path)
+    return Path(path)
+
+
+def transfer(path: str | Path, counted: Mapping[str, Any], *, title: str = "Rows with another image's target") -> Path:
+    """Share of rows that moved, over the time, as counted while training: `counted` is `transfer` of metrics.json (Fig. 7)."""
+    middle = [(low + high) / 2 for low, high in zip(counted["edges"][:-1], counted["edges"][1:], strict=True)]
+    points = np.array([(t, share) for t, share in zip(middle, counted["share"], strict=True) if share is not None])
+    figure, (axes,) = _figure(1, 6.0, 3.6)
+    axes.plot(*points.reshape(-1, 2).T, "o-", color=BLUE, linewidth=2, markersize=4)
+    axes.set(title=title, xlabel="t", ylabel="share of rows", ylim=(-0.02, 1.02), xlim=(0, counted["edges"][-1]))
+    return _save(figure, path, f"{sum(counted['rows']):.0f} rows in {len(middle)} bins of t, over all steps of training")
+
+
 def comparison(
     path: str | Path,
     table: Mapping[str, Mapping[str, Sequence[float | None]]],

@@ -73,7 +73,9 @@ def open_folder(method: str, settings: RunConfig, preset: RunConfig, dataset: da
     folder.mkdir(parents=True, exist_ok=True)
     if not settings.resume:
         versions = {"torch": torch.__version__, "numpy": np.__version__, "ltkernels": getattr(ltkernels, "__version__", "?")}
-        checkpoint.write_json(stored, {"method": method, "settings": config.resolved(settings, preset), "versions": versions})
+        shape = {"shape": list(dataset.data.shape[1:]), "counts": list(dataset.counts)}
+        stated = {"method": method, "settings": config.resolved(settings, preset), "data": shape, "versions": versions}
+        checkpoint.write_json(stored, stated)
         data.save_indices(dataset, folder / "indices.json")
     return folder
 

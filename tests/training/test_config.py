@@ -10,7 +10,7 @@ import torch
 
 from training import config
 from training.__main__ import main
-from training.config import DGD_PRESETS, CLUDIConfig, DGDConfig, RunConfig
+from training.config import DGD_PRESETS, IMAGE_CONFIGS, CLUDIConfig, DGDConfig, RunConfig
 
 TINY = "--no-progress --preset short --encoder-epochs 0 --diffusion-epochs 1 --joint-epochs 0 --sample-steps 2 --k 8".split()
 
@@ -35,7 +35,7 @@ def features(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("kind", [RunConfig, DGDConfig, CLUDIConfig])
+@pytest.mark.parametrize("kind", [RunConfig, DGDConfig, CLUDIConfig, *IMAGE_CONFIGS.values()])
 def test_every_field_says_where_its_value_is_from(kind):
     for item in dataclasses.fields(kind):
         assert item.metadata["provenance"] in config.PROVENANCE, item.name
@@ -115,7 +115,7 @@ def test_unknown_options_and_choices_are_refused(tmp_path, capsys, options, expe
 @pytest.mark.parametrize(
     "command, expected",
     [
-        (["dgdd"], "the command must be one of dgd, cludi, figures, features, fetch; got 'dgdd'"),
+        (["dgdd"], "the command must be one of dgd, cludi, ddpm, cbdm, t2h, sample, figures, features, fetch; got 'dgdd'"),
         (["fetch", "digits"], "fetch: can download cifar10, cifar100; got 'digits'"),
     ],
 )

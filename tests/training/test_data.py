@@ -193,6 +193,79 @@ def test_fetch(tmp_path, monkeypatch):
         data.fetch("digits-lt")
 
 
+def pictures(folder, names, value):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.fromarray(np.full((8, 8, 3), value, dtype=np.uint8)).save(folder / name)
+
+
+def test_tiny_imagenet_from_a_stand_in(tmp_path):
+    root = tmp_path / "tiny-imagenet-200"
+    for label, (wnid, count) in enumerate([("n01", 6), ("n02", 6), ("n03", 6)]):
+        pictures(root / "train" / wnid / "images", [f"{wnid}_{i}.JPEG" for i in range(count)], 100 * label)
+    pictures(root / "val" / "images", ["val_0.JPEG", "val_1.JPEG"], 200)
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn03\t0\t0\t8\t8\nval_1.JPEG\tn01\t0\t0\t8\t8\n")
+    whole = data.load("tiny-imagenet", root=tmp_path, image_size=8)
+    assert whole.counts == (6, 6, 6) and whole.images[:, 0, 0, 0].unique().numel() == 3
+    assert data.load("tiny-imagenet-lt", root=tmp_path, image_size=8, imbalance_ratio=4).counts == (6, 3, 1)
+    reference = data.balanced_reference("tiny-imagenet-lt", root=tmp_path, image_size=4)
+    assert reference.labels.tolist() == [2, 0] and reference.images.shape == (2, 3, 4, 4)
+
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\t0\n")
+    with pytest.raises(ValueError, match=r"val_annotations.txt must name classes of .*; got \['val_0.JPEG', 'n99'\]"):
+        data.balanced_reference("tiny-imagenet-lt", root=tmp_path)
+    (root / "val" / "val_annotations.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="expected .*val_annotations.txt with lines of an image and its wnid"):
+        data.balanced_reference("tiny-imagenet", root=tmp_path)
+    with pytest.raises(FileNotFoundError, match="expected .*/train/<wnid>/images/<image>, as unpacked"):
+        data.load("tiny-imagenet", root=tmp_path / "nowhere")
+
+
+def test_imagenet_lt_from_a_stand_in(tmp_path):
+    pictures(tmp_path / "train" / "n01", ["a.JPEG", "b.JPEG"], 0)
+    pictures(tmp_path / "train" / "n02", ["c.JPEG"], 255)
+    pictures(tmp_path / "val", ["d.JPEG"], 255)
+    (tmp_path / "ImageNet_LT_train.txt").write_text("train/n01/a.JPEG 0\ntrain/n01/b.JPEG 0\ntrain/n02/c.JPEG 1\n")
+    (tmp_path / "ImageNet_LT_val.txt").write_text("val/d.JPEG 1\n")
+    lt = data.load("imagenet-lt", root=tmp_path, image_size=8, imbalance_ratio=50)  # the list is a long tail already
+    assert lt.counts == (2, 1) and (lt.images[2] == 1).all() and lt.indices.tolist() == [0, 1, 2]
+    assert data.balanced_reference("imagenet-lt", root=tmp_path, image_size=8).counts == (0, 1)
+
+    (tmp_path / "ImageNet_LT_train.txt").write_text("train/n01/gone.JPEG 0\n")
+    with pytest.raises(FileNotFoundError, match="names .*gone.JPEG; there is no such file"):
+        data.load("imagenet-lt", root=tmp_path)
+    (tmp_path / "ImageNet_LT_train.txt").write_text("train/n01/a.JPEG 0\ntrain/n01/b.JPEG\n")
+    with pytest.raises(ValueError, match="must have lines 'path label'; got another line 2"):
+        data.load("imagenet-lt", root=tmp_path)
+    with pytest.raises(FileNotFoundError, match="expected the public list .*ImageNet_LT_val.txt"):
+        data.balanced_reference("imagenet-lt", root=tmp_path / "train")
+
+
+def test_balanced_references_are_the_sets_without_their_tails():
+    assert len(data.balanced_reference("digits-lt")) == len(data.balanced_reference("digits")) == 1797
+
+
+def test_class_order():
+    """Which class is the head is a choice (Table 5 of 001); labels keep their numbers."""
+    plain, turned = (data.load("digits-lt", imbalance_ratio=20, order=order) for order in (None, "reversed"))
+    assert turned.counts == plain.counts[::-1] and sum(turned.counts) == 587
+    order = data.class_order("7,2,6,4,5,3,9,0,1,8", 10)
+    horses = data.load("digits-lt", imbalance_ratio=20, order="7,2,6,4,5,3,9,0,1,8")
+    assert [horses.counts[label] for label in order] == list(plain.counts)
+    shuffled = data.class_order("seed:3", 10)
+    assert sorted(shuffled) == list(range(10)) and shuffled == data.class_order("seed:3", 10) != data.class_order("seed:4", 10)
+    for text in ("0,1", "0,0,1,2,3,4,5,6,7,8", "seed:", "head", "0,1,2,3,4,5,6,7,8,-9"):
+        with pytest.raises(ValueError, match="class_order: expected reversed, seed:N or each of 0 to 9 once"):
+            data.class_order(text, 10)
+
+
+def test_public_names():
+    import training
+
+    assert training.class_counts is data.class_counts and training.long_tail_counts(10, 2, 10) == (10, 1)
+    assert training.split_groups((9, 5, 1)) == ((0,), (1,), (2,))
+
+
 def test_folder(tmp_path):
     for label, (name, count) in enumerate([("ant", 6), ("bee", 4), ("cat", 5)]):
         (tmp_path / name).mkdir()

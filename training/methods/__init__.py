@@ -1,6 +1,9 @@
 """One file a method. What `python -m training <method>` runs is chosen by name in `__main__`, nowhere else."""
 
+from .cbdm import CBDM
 from .cludi import CLUDI
+from .ddpm import DDPM
 from .dgd import DensityGuidance
+from .t2h import T2H
 
-__all__ = ["CLUDI", "DensityGuidance"]
+__all__ = ["CBDM", "CLUDI", "DDPM", "DensityGuidance", "T2H"]

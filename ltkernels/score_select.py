@@ -1,0 +1,360 @@
+"""The Gaussian-kernel softmax over clean samples: probabilities, a draw from it, its mean, and the training target that follows."""
+
+import math
+from numbers import Integral, Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _arrays
+from .bank import Bank
+from .knn_kde import _answer_dtype, _has_tangent
+
+_GATES = ("full", "t2h", "h2t")
+_PREDICTIONS = ("epsilon", "v", "x0", "flow")
+
+
+class ScoreSelection(NamedTuple):
+    """What score_select answers."""
+
+    index: Tensor  # (B,) int64, rows of clean
+    moved: Tensor  # (B,) bool: index != self_index
+    log_normalizer: Tensor  # (B,)
+
+
+def p_sel(x_t, clean, scale, std, *, log_prior=None) -> Tensor:
+    r"""Probability of every clean sample under each noisy one.
+
+    p[i, j] = softmax_j(-|x_t[i] - scale_i clean[j]|^2 / (2 std_i^2) + log_prior[j])                    (001: Eq. 5, 7, 8)
+
+    Args:
+        x_t: (B, ...) in float16, bfloat16, float32 or float64; trailing dimensions are flattened; B may be 0.
+        clean: (K, ...) of the same dtype, device and number of elements a row, K >= 1; or a Bank, whose log_weight is added to the logits.
+        scale, std: x_t = scale x_0 + std noise. Numbers, 0-dim tensors or (B,); finite, std > 0. DDPM: sqrt(abar_t), sqrt(1 - abar_t).
+            EDM: 1, sigma. Flow matching: 1 - t, t. Where scale is 0 all samples are equally far and p is the prior.
+        log_prior: (K,) without NaN or +inf, such as beta log q(y_j); -inf leaves a sample out.
+
+    Returns:
+        (B, K) float32 (float64 for float64 inputs). Rows sum to 1. A row of clean with NaN or inf has probability 0; a row of x_t with NaN
+        or inf answers NaN, and so does one without any finite logit.
+
+    Differentiable once in x_t, clean, scale, std and log_prior. Extra memory O(B K), never B x K x D. Deterministic: the same bits in every
+    run on a backend and machine, for any number of threads; a row's bits do not depend on the rest of the batch.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype, device, scale, std or log_prior. RuntimeError: no backend for the device.
+
+    Example:
+        >>> x0 = torch.randn(128, 3, 32, 32)
+        >>> p = p_sel(0.5 * x0 + 0.8 * torch.randn_like(x0), x0, 0.5, 0.8)
+    """
+    op, kind = "p_sel", _arrays.in_kind(x_t)
+    x, points, scale, std, log_prior = _checked(op, x_t, clean, scale, std, log_prior)
+    return kind(torch.ops.ltkernels.psel(x.flatten(1), points.flatten(1), scale, std, log_prior)[0])
+
+
+def posterior_mean(x_t, clean, scale, std, *, log_prior=None) -> Tensor:
+    r"""sum_j p[i, j] clean[j] for the p of `p_sel`: the ideal denoiser of the set `clean`, like x_t in shape and dtype.   (001: Eq. 5, 6)
+
+    Arguments, errors and determinism as in `p_sel`. p is made for a few rows at a time: 16 MB beyond inputs and output, whatever B and K.
+    Differentiable once in x_t, clean, scale, std and log_prior.
+
+    Example:
+        >>> x0 = torch.randn(128, 3, 32, 32)
+        >>> denoised = posterior_mean(x0 + 2 * torch.randn_like(x0), x0, 1.0, 2.0)
+    """
+    op, kind = "posterior_mean", _arrays.in_kind(x_t)
+    x, points, scale, std, log_prior = _checked(op, x_t, clean, scale, std, log_prior)
+    mean, _ = torch.ops.ltkernels.psel_mean(x.flatten(1), points.flatten(1), scale, std, log_prior)
+    return kind(mean.reshape(x.shape))
+
+
+def score_select(
+    x_t, clean, scale, std, *, gate: str = "full", labels=None, class_counts=None, self_index=None, self_labels=None, log_prior=None,
+    seed=None, row_offset: int = 0,
+) -> ScoreSelection:  # fmt: skip
+    r"""For every noisy sample, one clean sample drawn from `p_sel`, and whether the gate lets the score move there.
+
+    z_i ~ p[i, :];  kept if gate is "full", or q(y_z) >= q(y_i) ("t2h"), or q(y_z) <= q(y_i) ("h2t"); otherwise i's own row.   (001: Alg. 1)
+
+    Args:
+        x_t, clean, scale, std, log_prior: as in `p_sel`.
+        gate: "full", "t2h" (tail to head) or "h2t" (head to tail). Equal counts pass both.
+        labels: (K,) int64, classes of clean; for t2h and h2t.
+        class_counts: (C,) rows of each class in the long-tailed training set, whatever resampling made the batch; for t2h and h2t.
+        self_index: (B,) int64, the row of clean that x_t[i] was made from, -1 for none (gate "full" only). Default: i where B = K.
+        self_labels: (B,) int64, classes of x_t. Default: labels[self_index].
+        seed: int or 0-dim int64 tensor; None draws one from torch's generator.
+        row_offset: the global number of row 0, for a batch that is split over calls or processes.
+
+    Returns:
+        ScoreSelection(index (B,) int64, moved (B,) = index != self_index, log_normalizer (B,) = logsumexp of the logits). A row of x_t with
+        NaN or inf has log_normalizer NaN, one without a finite logit -inf; both keep their own row, or answer -1 where they have none.
+
+    Random numbers: Gumbel-max with Philox4x32-10, key = seed, counter = (column / 4, row low, row high, 0), rows and columns global: the
+    same words on every backend. Indices agree between backends where the two largest perturbed logits differ by more than 1e-3, and
+    between any two cuts of the batch on one backend always. Memory O(B) beyond the inputs: B x K is not formed. No gradient.
+
+    Raises:
+        ValueError, TypeError: as in `p_sel`; labels, class_counts, self_index, self_labels, gate, seed or row_offset wrong or missing.
+
+    Example:
+        >>> x0, y, counts = torch.randn(128, 3, 32, 32), torch.randint(10, (128,)), torch.arange(100, 0, -10)
+        >>> chosen = score_select(x0 + torch.randn_like(x0), x0, 1.0, 1.0, gate="t2h", labels=y, class_counts=counts)
+        >>> target = x0[chosen.index]
+    """
+    op = "score_select"
+    if gate not in _GATES:
+        raise ValueError(f"{op}: gate must be one of {', '.join(_GATES)}; got {gate!r}")
+    kind = _arrays.in_kind(x_t)
+    x, points, scale, std, log_prior = _checked(op, x_t, clean, scale, std, log_prior)
+    own = _own_rows(op, self_index, len(x), len(points), x.device, gate)
+    counts = None if gate == "full" else _gate_counts(op, gate, labels, class_counts, self_labels, own, len(points), x.device)
+    if isinstance(row_offset, bool) or not isinstance(row_offset, (Integral, torch.SymInt)) or row_offset < 0:
+        raise ValueError(f"{op}: row_offset must be an int >= 0; got {row_offset!r}")
+    with torch.no_grad():
+        index, log_normalizer = torch.ops.ltkernels.psel_sample(
+            x.flatten(1), points.flatten(1), scale, std, log_prior, _seed(op, seed, x.device), row_offset
+        )
+        none = own.new_full((), -1)
+        if counts is not None:
+            there, here = counts
+            drawn = there[index.clamp(min=0)]
+            index = torch.where(drawn >= here if gate == "t2h" else drawn <= here, index, none)
+        index = torch.where(index >= 0, index, own)
+    return ScoreSelection(kind(index), kind(index != own), kind(log_normalizer))
+
+
+def denoising_target(x_t, x0, scale, std, *, prediction: str = "epsilon") -> Tensor:
+    r"""What a network should answer for x_t = scale x0 + std noise, like x_t; x0 need not be the sample that x_t was made from.
+
+    noise = (x_t - scale x0) / std;  "epsilon": noise, "v": scale noise - std x0, "x0": x0, "flow": noise - x0   (001: Alg. 1)
+
+    Args:
+        x_t, x0: (B, ...) of one shape, dtype and device. scale, std: as in `p_sel`; std > 0.
+        prediction: one of the four above. "v" and "flow" are the velocities of scale^2 + std^2 = 1 and of scale = 1 - t, std = t.
+
+    Differentiable any number of times: ordinary torch arithmetic, in float32 for the half types.
+    """
+    op = "denoising_target"
+    if prediction not in _PREDICTIONS:
+        raise ValueError(f"{op}: prediction must be one of {', '.join(_PREDICTIONS)}; got {prediction!r}")
+    kind = _arrays.in_kind(x_t)
+    x, clean, scale, std, _ = _checked(op, x_t, x0, scale, std, None)
+    if clean.shape != x.shape:
+        raise ValueError(f"{op}: expected x0 in the shape of x_t, {tuple(x.shape)}; got {tuple(clean.shape)}")
+    wide, clean = x.to(scale.dtype), clean.to(scale.dtype)
+    scale, std = (value.reshape(-1, *[1] * (x.dim() - 1)) for value in (scale, std))
+    if prediction == "x0":
+        target = clean
+    else:
+        noise = (wide - scale * clean) / std
+        target = {"epsilon": lambda: noise, "v": lambda: scale * noise - std * clean, "flow": lambda: noise - clean}[prediction]()
+    return kind(target.to(x.dtype))
+
+
+def _checked(op: str, x_t, clean, scale, std, log_prior) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """x_t and clean as they came but of one dtype; scale, std (B,) and log_prior (K,) in the dtype of the answers."""
+    x = _samples(op, "x_t", x_t)
+    if isinstance(clean, Bank):
+        if clean.log_weight is not None:
+            if log_prior is not None:
+                raise ValueError(f"{op}: give log_prior or a Bank with log_weight, not both")
+            log_prior = clean.log_weight
+        clean = clean.points
+    clean = _samples(op, "clean", clean)
+    if len(clean) == 0 and op != "denoising_target":
+        raise ValueError(f"{op}: expected clean with at least one row; got shape {tuple(clean.shape)}")
+    if math.prod(x.shape[1:]) != math.prod(clean.shape[1:]):
+        raise ValueError(f"{op}: expected x_t and clean with as many elements a row; got {tuple(x.shape)} and {tuple(clean.shape)}")
+    if x.device != clean.device:
+        raise ValueError(f"{op}: expected x_t and clean on one device; got {x.device} and {clean.device}")
+    if x.dtype != clean.dtype:
+        if not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{op}: expected x_t and clean of one dtype; got {x.dtype} and {clean.dtype}")
+        x = x.to(clean.dtype)  # clean may be a whole data set: autocast must not copy it
+    dtype = _answer_dtype(x)
+    scale, std = _coefficient(op, "scale", scale, x, dtype), _coefficient(op, "std", std, x, dtype)
+    if not torch.compiler.is_compiling() and bool((std <= 0).any()):
+        raise ValueError(f"{op}: std must be positive; got {std.detach().min().item()}")
+    return x, clean, scale, std, None if log_prior is None else _log_prior(op, log_prior, clean, dtype)
+
+
+def _samples(op: str, name: str, value) -> Tensor:
+    value = _arrays.tensor(op, name, value)
+    if value.dim() < 2 or math.prod(value.shape[1:]) == 0:
+        raise ValueError(f"{op}: expected {name} of shape (rows, ...) with at least one element a row; got {tuple(value.shape)}")
+    if value.dtype not in _arrays.FLOATS:
+        raise TypeError(f"{op}: expected {name} in float16, bfloat16, float32 or float64; got {value.dtype}")
+    if _has_tangent(value):  # torch.library has no forward mode: the answers' tangents would silently be zero
+        raise NotImplementedError(f"{op}: no forward-mode derivatives; use torch.autograd.grad")
+    return value
+
+
+def _coefficient(op: str, name: str, value, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(value, Real) and not isinstance(value, bool):
+        value = torch.tensor(float(value), dtype=torch.float64)
+    value = _arrays.tensor(op, name, value)
+    if value.dim() > 1 or value.dim() == 1 and len(value) != len(x):
+        raise ValueError(f"{op}: {name} must be a number, a 0-dim tensor or (B,); got shape {tuple(value.shape)} with B={len(x)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be in a floating-point dtype; got {value.dtype}")
+    if value.dim() == 1 and value.device != x.device:
+        raise ValueError(f"{op}: expected {name} on the device of x_t, {x.device}; got {value.device}")
+    value = value.to(device=x.device, dtype=dtype)
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{op}: {name} must be finite in {dtype}; got {value.detach()[~torch.isfinite(value)].flatten()[0].item()}")
+    return value.expand(len(x)).contiguous()
+
+
+def _log_prior(op: str, log_prior, clean: Tensor, dtype: torch.dtype) -> Tensor:
+    log_prior = _arrays.tensor(op, "log_prior", log_prior)
+    if log_prior.shape != clean.shape[:1]:
+        raise ValueError(f"{op}: expected log_prior with one entry a row of clean, shape ({len(clean)},); got {tuple(log_prior.shape)}")
+    if not log_prior.is_floating_point():
+        raise TypeError(f"{op}: expected log_prior in a floating-point dtype; got {log_prior.dtype}")
+    if log_prior.device != clean.device:
+        raise ValueError(f"{op}: expected log_prior on the device of clean, {clean.device}; got {log_prior.device}")
+    if not torch.compiler.is_compiling() and not bool((log_prior < math.inf).all()):
+        raise ValueError(f"{op}: log_prior must be below infinity; got {log_prior.detach()[~(log_prior < math.inf)][0].item()}")
+    return log_prior.to(dtype).contiguous()
+
+
+def _integers(op: str, name: str, value, length: int, device: torch.device, low: int, high: int) -> Tensor:
+    value = _arrays.tensor(op, name, value)
+    if value.dtype != torch.int64 or value.shape != (length,):
+        raise ValueError(f"{op}: expected {name} as an int64 tensor of shape ({length},); got {value.dtype} of shape {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{op}: expected {name} on the device of x_t, {device}; got {value.device}")
+    if not torch.compiler.is_compiling() and bool(((value < low) | (value >= high)).any()):
+        raise ValueError(f"{op}: {name} must be in [{low}, {high}); got {value.min().item()} .. {value.max().item()}")
+    return value
+
+
+def _own_rows(op: str, self_index, rows: int, k: int, device: torch.device, gate: str) -> Tensor:
+    if self_index is None or self_index is True:
+        if rows == k:
+            return torch.arange(rows, device=device)
+        if self_index is None and gate == "full":
+            return torch.full((rows,), -1, device=device)
+        raise ValueError(f"{op}: self_index is required for gate {gate!r} where B != K; got B={rows} and K={k}")
+    return _integers(op, "self_index", self_index, rows, device, -1 if gate == "full" else 0, k)
+
+
+def _gate_counts(op: str, gate: str, labels, class_counts, self_labels, own: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Training count of the class of every row of clean (K,), and of every row of x_t (B,)."""
+    for name, value in (("labels", labels), ("class_counts", class_counts)):
+        if value is None:
+            raise ValueError(f"{op}: gate {gate!r} needs {name}; got None")
+    counts = class_counts if isinstance(class_counts, Tensor) else torch.as_tensor(class_counts)
+    if counts.dim() != 1 or len(counts) == 0 or counts.is_complex():
+        raise ValueError(f"{op}: expected class_counts of shape (C,), the rows of each class; got shape {tuple(counts.shape)}")
+    if not torch.compiler.is_compiling() and not bool((counts >= 0).all()):
+        raise ValueError(f"{op}: class_counts must be >= 0; got {counts.min().item()}")
+    counts = counts.to(device)
+    there = counts[_integers(op, "labels", labels, k, device, 0, len(counts))]
+    if self_labels is None:
+        return there, there[own]
+    return there, counts[_integers(op, "self_labels", self_labels, len(own), device, 0, len(counts))]
+
+
+def _seed(op: str, seed, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), device=device)
+    if isinstance(seed, Integral) and not isinstance(seed, bool):
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"{op}: seed must fit 64 bits; got {seed}")
+        return torch.tensor([seed - 2**64 if seed >= 2**63 else seed], device=device)
+    if isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.dim() == 0:
+        return seed.reshape(1).to(device)
+    fact = f"{seed.dtype} of shape {tuple(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
+    raise TypeError(f"{op}: seed must be an int, a 0-dim int64 tensor or None; got {fact}")
+
+
+@torch.library.register_fake("ltkernels::psel")
+def _(x, clean, scale, std, log_prior):
+    return scale.new_empty((len(x), len(clean))), torch.empty_like(scale)
+
+
+@torch.library.register_fake("ltkernels::psel_sample")
+def _(x, clean, scale, std, log_prior, seed, row_offset):
+    return torch.empty_like(scale, dtype=torch.int64), torch.empty_like(scale)
+
+
+@torch.library.register_fake("ltkernels::psel_mix")
+def _(weight, clean):
+    return weight.new_empty((len(weight), clean.shape[1]))
+
+
+@torch.library.register_fake("ltkernels::psel_mean")
+def _(x, clean, scale, std, log_prior):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(scale)
+
+
+def _like_where_needed(tensors: tuple[Tensor, ...], needed: list[bool]) -> tuple[Tensor, ...]:
+    pairs = zip(tensors, needed, strict=True)
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0) for t, need in pairs)
+
+
+@torch.library.register_fake("ltkernels::psel_backward")
+def _(grad, p, x, clean, scale, std, needed):
+    return _like_where_needed((x, clean, scale, std, scale.new_empty(len(clean))), needed)
+
+
+@torch.library.register_fake("ltkernels::psel_mean_backward")
+def _(grad, mean, x, clean, scale, std, log_prior, needed):
+    return _like_where_needed((x, clean, scale, std, scale.new_empty(len(clean))), needed)
+
+
+# Derivatives. With l_ij = -|x_i - s_i c_j|^2 / (2 std_i^2) + b_j, everything follows from dl: p's is p (G - sum_k p_k G_k), the mean's
+# p_ij (c_j - m_i) . G_i. Both sum to 0 over j.
+
+
+def _needed(ctx) -> list[bool]:
+    return list(ctx.needs_input_grad[:5])
+
+
+def _setup_psel(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], output[0])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_psel(ctx, grad_p, grad_log_normalizer):
+    x, clean, scale, std, p = ctx.saved_tensors
+    if grad_log_normalizer is not None:
+        raise NotImplementedError("p_sel: the log-normaliser is not differentiable")
+    if grad_p is None:
+        return (None,) * 5
+    needed = _needed(ctx)
+    grads = torch.ops.ltkernels.psel_backward(grad_p, p, x, clean, scale, std, needed)
+    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
+
+
+def _setup_psel_mean(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[0])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_psel_mean(ctx, grad_mean, grad_log_normalizer):
+    x, clean, scale, std, log_prior, mean = ctx.saved_tensors
+    if grad_mean is None:
+        return (None,) * 5
+    needed = _needed(ctx)
+    grads = torch.ops.ltkernels.psel_mean_backward(grad_mean, mean, x, clean, scale, std, log_prior, needed)
+    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
+
+
+def _no_second(op: str):
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{op}: no second derivatives")
+
+    return backward
+
+
+torch.library.register_autograd("ltkernels::psel", _backward_psel, setup_context=_setup_psel)
+torch.library.register_autograd("ltkernels::psel_mean", _backward_psel_mean, setup_context=_setup_psel_mean)
+torch.library.register_autograd("ltkernels::psel_backward", _no_second("p_sel"))
+torch.library.register_autograd("ltkernels::psel_mean_backward", _no_second("posterior_mean"))
+torch.library.register_autograd("ltkernels::psel_sample", _no_second("score_select"))
+torch.library.register_autograd("ltkernels::psel_mix", _no_second("posterior_mean"))
