@@ -86,7 +86,7 @@ EXPECTED = {
         call=knn_kde,
     ),
     "score_select": Op(
-        cuda={},
+        cuda=dict.fromkeys(("score_kernel<", "combine_kernel<", "normalise_kernel<", "mix_kernel<"), Needs()),
         triton={
             "_screen<": Needs({arch: (MMA[arch], "LDGSTS") for arch in ARCHS}),
             "_mix<": Needs({arch: (MMA[arch], "LDGSTS") for arch in ARCHS}),
