@@ -14,7 +14,7 @@ COMMANDS = {
     "cbdm": "the same with class-balancing diffusion",
     "t2h": "the same with oriented calibration: noisy tail images may have head images as targets",
     "sample": "more samples from a run of ddpm, cbdm or t2h, finished or not",
-    "figures": "tables and pictures over several seeds: figures dgd, figures cludi",
+    "figures": "tables and pictures over several seeds: figures dgd, figures cludi, figures t2h",
     "features": "write a feature file of an image folder with a pretrained model of timm",
     "fetch": "download a data set for a machine without network",
 }
