@@ -14,6 +14,8 @@ COMMANDS = {
     "cbdm": "the same with class-balancing diffusion",
     "t2h": "the same with oriented calibration: noisy tail images may have head images as targets",
     "sample": "more samples from a run of ddpm, cbdm or t2h, finished or not",
+    "evaluate": "score the samples of runs of ddpm, cbdm or t2h",
+    "classifier": "train the small classifier whose features stand in for Inception's; evaluate does it where it is missing",
     "figures": "tables and pictures over several seeds: figures dgd, figures cludi, figures t2h",
     "features": "write a feature file of an image folder with a pretrained model of timm",
     "fetch": "download a data set for a machine without network",
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: ltkernels <command> [options], or python -m training <command> [options]\n")
-        print("\n".join(f"  {name:<9}{text}" for name, text in COMMANDS.items()))
+        print("\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items()))
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
@@ -79,6 +81,18 @@ def _sample(arguments: list[str]) -> int:
     from . import run_images
 
     return run_images.sample_main(arguments)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from . import evaluate
+
+    return evaluate.main(arguments)
+
+
+def _classifier(arguments: list[str]) -> int:
+    from . import classifier
+
+    return classifier.main(arguments)
 
 
 def _run(name: str, arguments: list[str], kind: type, presets: dict, method: Callable, columns: tuple[str, ...] | None = None) -> int:

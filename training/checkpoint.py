@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: checkpoints of a stage, and small JSON files.
+"""Files that are either whole or absent: checkpoints of a stage, small JSON files, and a cache that runs share.
 
 A checkpoint is a pair: weights/<stage>-<step>.safetensors with every module, and weights/<stage>-<step>.pt with the optimiser and the
 stage's cached tensors, read with weights_only=True. The .pt is renamed into place last, so a pair is complete exactly when it exists.
@@ -6,15 +6,18 @@ stage's cached tensors, read with weights_only=True. The .pt is renamed into pla
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -108,6 +111,51 @@ def load_modules(path: Path, modules: Modules) -> None:
             module.load_state_dict(own)
         except RuntimeError as error:
             raise ValueError(f"checkpoint: {path} does not fit {name}: {error}") from error
+
+
+# ---- the cache: what is computed once for many runs ------------------------------------------------------------------
+
+
+def digest(*parts: object) -> str:
+    """Hexadecimal SHA-256 of tensors, by dtype, shape and bytes, and of whatever else by its repr."""
+    whole = hashlib.sha256()
+    for part in parts:
+        tensor = isinstance(part, Tensor)
+        whole.update(f"{part.dtype} {tuple(part.shape)}\n".encode() if tensor else f"{part!r}\n".encode())
+        if tensor:
+            whole.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()
+
+
+def cached(path: Path, key: str, make: Callable[[], tuple[dict[str, Tensor], dict]]) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and a few JSON values, from `path` or, where it is absent or was made for another key, from `make`, which also writes it.
+
+    Several processes may do this at once: each writes a file of its own, the first one's is kept, and all answer with that one.
+    """
+    if (found := _read_cached(path, key)) is None:
+        tensors, about = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as own:
+            with replacing(Path(own) / path.name) as temporary:
+                metadata = {"key": key, "about": json.dumps(about)}
+                save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+            if (found := _read_cached(path, key)) is None:
+                os.replace(Path(own) / path.name, path)
+                found = _read_cached(path, key)
+    return found
+
+
+def _read_cached(path: Path, key: str) -> tuple[dict[str, Tensor], dict] | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            if about.get("key") != key:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about["about"])
+    except Exception as error:  # safetensors has its own types for a damaged file
+        raise ValueError(f"cache: cannot read {path}: {error}; delete it, and it will be made again") from error
 
 
 def _steps(folder: Path, stage: str) -> list[int]:

@@ -311,7 +311,13 @@ class ImageConfig(RunConfig):
     variance: Literal["fixedlarge", "fixedsmall"] = code("fixedlarge")  # of the sampler ddpm
     ddim_quirk: bool = ours(False, code=True)  # the released DDIM's steps, whose last one does nothing
     sample_batch: int = runtime(500, ge=1)  # images sampled at a time
-    split_rule: Literal["tercile", "count"] = ours("tercile")  # which classes are many, med and few
+
+    # Evaluation of the samples.
+    evaluate: bool = runtime(True)  # python -m training evaluate RUN does it later
+    split_rule: Literal["tercile", "count"] = ours("tercile")  # which classes are many, med and few (R15)
+    split_ref: Literal["balanced", "lt"] = ours("balanced")  # images that groups and classes are compared with: all, the training set (R14)
+    inception: str | None = runtime(None)  # file of Inception's weights, for torch-fidelity; default: see training/README.md
+    cache: str = runtime("runs/cache")  # folder for feature networks and the references' features
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -470,9 +476,13 @@ def run_folder(config: RunConfig, method: str) -> Path:
     """--out, or runs/<method>-<dataset>-<seed> with the data set's path reduced to its last part."""
     if config.out is not None:
         return Path(config.out)
-    kind, _, path = config.dataset.partition(":")
-    name = f"{kind}-{Path(path).stem}" if path else kind
-    return Path("runs") / f"{method}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}-{config.seed}"
+    return Path("runs") / f"{method}-{short_name(config.dataset)}-{config.seed}"
+
+
+def short_name(dataset: str) -> str:
+    """The name of a data set as a part of a file's name."""
+    kind, _, path = dataset.partition(":")
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{kind}-{Path(path).stem}" if path else kind)
 
 
 def differences(config: RunConfig, other: RunConfig) -> list[str]:

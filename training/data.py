@@ -301,7 +301,7 @@ def balanced_reference(name: str, *, root: str | Path = "data", image_size: int 
         source = _tiny(Path(root) / "tiny-imagenet-200", image_size, validation=True)
     else:
         return load(name.replace("-lt", "", 1) if name.partition(":")[0].endswith("-lt") else name, root=root, image_size=image_size)
-    return _taken(name, False, source, np.arange(len(source[0])))
+    return _taken(f"{base} validation", False, source, np.arange(len(source[0])))
 
 
 def _taken(name: str, features: bool, source: Source, rows: np.ndarray) -> Dataset:

@@ -315,6 +315,94 @@ def sweep(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[float, Seq
     return _save(figure, path, f"mean and standard deviation over {' or '.join(map(str, sorted(seeds)))} seeds")
 
 
+def sample_grid(
+    path: str | Path,
+    rows: Sequence[tuple[int, Array, Array]],
+    counts: Sequence[int],
+    groups: Sequence[Sequence[int]],
+    *,
+    title: str = "Samples, and beside each its nearest training image",
+) -> Path:
+    """A row for each (class, samples (K, C, H, W) uint8, training images like them): a sample, its neighbour in a frame, and so on.
+
+    Class -1 has no name. Class c has counts[c] training images; `groups` are the classes of head, med and tail, between which is a gap.
+    """
+    rows = [(label, _rgb(samples), _rgb(nearest)) for label, samples, nearest in rows]
+    size, columns = rows[0][1].shape[1], max(len(samples) for _, samples, _ in rows)
+    scale = max(1, 48 // size)
+    edge, frame = size * scale, 3
+    cell, gap = edge + 2 * frame, 14  # a cell has room for the frame; a pair is two cells
+    group = {label: i for i, classes in enumerate(groups) for label in classes}
+    of_row = [group.get(label, -1) for label, _, _ in rows]
+    tops = np.cumsum([0] + [cell + (16 if a != b else 4) for a, b in zip(of_row[:-1], of_row[1:], strict=True)])
+    sheet = np.full((tops[-1] + cell, columns * (2 * cell + gap) - gap, 3), 255, np.uint8)
+    for top, (_, samples, nearest) in zip(tops, rows, strict=True):
+        for i, (sample, near) in enumerate(zip(samples, nearest, strict=True)):
+            left = i * (2 * cell + gap)
+            sheet[top : top + cell, left + cell : left + 2 * cell] = (0xE6, 0x9F, 0x00)  # ORANGE
+            for at, image in ((left, sample), (left + cell, near)):
+                big = image.repeat(scale, 0).repeat(scale, 1)
+                sheet[top + frame : top + frame + edge, at + frame : at + frame + edge] = big
+
+    inches = 9.0 / max(sheet.shape[1], 500)
+    figure, (axes,) = _figure(1, sheet.shape[1] * inches + 1.6, sheet.shape[0] * inches + 1.0)
+    axes.imshow(sheet, interpolation="antialiased")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_xticks([])
+    middles = tops + cell / 2
+    axes.set_yticks(middles, ["" if label < 0 else f"class {label}  ({counts[label]})" for label, _, _ in rows])
+    for i, name in enumerate(("head", "medium", "tail")):
+        own = [middle for middle, of in zip(middles, of_row, strict=True) if of == i]
+        if own:
+            place = (1.01, 1 - np.mean(own) / len(sheet))
+            axes.text(*place, name, transform=axes.transAxes, rotation=270, ha="left", va="center", color=GREY)
+    axes.set_title(title)
+    shown = sum(len(samples) for _, samples, _ in rows)
+    return _save(figure, path, f"framed: the training image nearest in pixels; brackets: training images of the class; {shown} samples")
+
+
+def class_bars(
+    path: str | Path,
+    table: Mapping[str, Sequence[Sequence[float | None]]],
+    counts: Sequence[int],
+    groups: Sequence[Sequence[int]],
+    *,
+    title: str = "FID class by class",
+    ylabel: str = "FID",
+    caption: str = "",
+) -> Path:
+    """table[name] = for every seed one value a class, None for none: bars from head to tail, mean and standard deviation over the seeds."""
+    order = sorted(range(len(counts)), key=lambda label: -counts[label])
+    figure, (axes,) = _figure(1, min(max(6.5, 0.3 * len(order) * len(table) + 3), 16.0), 4.0)
+    position, width = np.arange(len(order)), 0.82 / len(table)
+    for i, (name, seeds) in enumerate(table.items()):
+        values = [[seed[label] for seed in seeds if seed[label] is not None] for label in order]
+        mean, sd = np.array([mean_sd(own) if own else (np.nan, np.nan) for own in values]).T
+        where = position - 0.41 + width * (i + 0.5)
+        error = sd if len(seeds) > 1 else None
+        axes.bar(where, mean, 0.92 * width, yerr=error, color=COLOURS[i % 6], label=name or None, error_kw={"linewidth": 1})
+        for place in where[np.isnan(mean)]:
+            axes.annotate("none", (place, 0), (0, 3), textcoords="offset points", ha="center", size=7, rotation=90, color=GREY)
+    start = 0
+    for i, name in enumerate(("head", "medium", "tail")):
+        size = sum(label in set(groups[i]) for label in order)
+        if size:
+            axes.text(start + (size - 1) / 2, 1.0, name, transform=axes.get_xaxis_transform(), ha="center", va="bottom", color=GREY)
+        start += size
+        if size and start < len(order):
+            axes.axvline(start - 0.5, color="0.8", linewidth=1, zorder=0)
+    every = -(-len(order) // 20)  # no room for more
+    axes.set_xticks(position[::every], [f"{label}\n({counts[label]})" for label in order[::every]])
+    axes.set(xlabel="class (training images), head to tail", ylabel=ylabel, xlim=(-0.6, len(order) - 0.4))
+    axes.set_title(title, pad=18)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    seeds = max(len(own) for own in table.values())
+    spread = f"bars and whiskers: mean and standard deviation over {seeds} seeds; " if seeds > 1 else ""
+    return _save(figure, path, f"{spread}{caption}")
+
+
 def mixing_weights(path: str | Path, summary: Mapping[str, Any]) -> Path:
     """Weights (noise levels, priors, targets) of a batch's images in the score of image number `own`, as `figures t2h` writes them."""
     weights, own = np.array(summary["weights"]), summary["own"]
@@ -436,6 +524,12 @@ def _save(figure: Figure, path: str | Path, caption: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
     return path
+
+
+def _rgb(images: Array) -> np.ndarray:
+    """(N, H, W, 3) uint8 of images (N, C, H, W) uint8 with one or three channels."""
+    images = np.asarray(images, dtype=np.uint8).transpose(0, 2, 3, 1)
+    return np.broadcast_to(images, (*images.shape[:3], 3)) if images.shape[3] == 1 else images
 
 
 def _numpy(values: Array) -> np.ndarray:

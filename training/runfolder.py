@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,9 +81,12 @@ def open_folder(method: str, settings: RunConfig, preset: RunConfig, dataset: da
     return folder
 
 
-def table(report: dict, columns: tuple[str, ...] = SCORES) -> str:
+def table(report: dict, columns: Sequence[str] = SCORES) -> str:
     """The comparison as aligned text."""
-    rows = {report["method"].upper(): report, **report["baselines"]}
+    return aligned({report["method"].upper(): report, **report["baselines"]}, columns)
+
+
+def aligned(rows: Mapping[str, Mapping], columns: Sequence[str]) -> str:
     width = max(10, *map(len, rows))
     lines = ["  ".join([f"{'method':<{width}}", *(f"{column:>8}" for column in columns)])]
     for name, row in rows.items():
