@@ -109,6 +109,8 @@ def _show(report: dict | None, folder, columns: tuple[str, ...] | None) -> None:
     if report is None:  # of all ranks but the first
         return
     print(table(report, columns or SCORES))
+    if "reference" in report:
+        print(f"features: {report['features']}; {report['n']} samples, guidance {report['guidance']:g}; reference: {report['reference']}")
     print(f"{report['dataset']}, {sum(report['counts'])} rows, {report['seconds']:.0f} s; everything else is in {folder}")
 
 

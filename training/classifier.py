@@ -7,17 +7,17 @@ a hash of the weights themselves, so that figures from two of them, however smal
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from . import checkpoint, data
 from .config import short_name
-from .loop import Stage, batch_rows, generator, train
+from .loop import batch_rows, generator
 from .views import augment_images
 
 SEED, STEPS, EPOCHS, BATCH_SIZE, LR = 0, 600, 15, 128, 2e-3  # STEPS: at least, for small sets
@@ -46,37 +46,28 @@ class Classifier(nn.Module):
         return features, self.head(F.relu(features))
 
 
-class Classify(Stage):
-    """Cross-entropy on augmented images."""
-
-    name = "classifier"
-
-    def __init__(self, dataset: data.Dataset, device: str):
-        channels, size, _ = dataset.images.shape[1:]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(SEED, self.name).initial_seed())
-            self.modules = {"net": Classifier(channels, size, dataset.num_classes).to(device)}
-        self.images, self.labels = dataset.images, dataset.labels
-        self.device, self.lr, self.cache = device, {"net": LR}, {}
-        self.steps = max(STEPS, EPOCHS * len(dataset) // BATCH_SIZE)
-
-    def loss(self, step, rng):
-        rows = batch_rows(len(self.labels), BATCH_SIZE, step, SEED, self.name)
-        x, y = self.images[rows].to(self.device), self.labels[rows].to(self.device)
-        return F.cross_entropy(self.modules["net"](augment_images(x, rng))[1], y), {}
-
-
 def train_balanced_classifier(dataset: data.Dataset, *, device: str = "cpu", progress: bool = True) -> tuple[Classifier, float | None]:
     """(the network, its accuracy on a held-out fifth, None where no class has two images)."""
     train_set, held = data.train_holdout_split(dataset, 0.2, SEED)
-    stage = Classify(train_set, device)
-    with tempfile.TemporaryDirectory() as scratch:  # training takes less time than it would to explain how to go on with it
-        train(stage, Path(scratch), seed=SEED, checkpoint_every=stage.steps, progress=progress)
-    net = stage.modules["net"].eval().requires_grad_(False)
+    channels, size, _ = dataset.images.shape[1:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(SEED, "classifier").initial_seed())
+        net = Classifier(channels, size, dataset.num_classes).to(device)
+    steps = max(STEPS, EPOCHS * len(train_set) // BATCH_SIZE)
+    optimiser = torch.optim.Adam(net.parameters(), LR)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for step in tqdm(range(steps), desc="classifier", disable=not progress):
+        rows = batch_rows(len(train_set), BATCH_SIZE, step, SEED, "classifier")
+        x, y = train_set.images[rows].to(device), train_set.labels[rows].to(device)
+        loss = F.cross_entropy(net(augment_images(x, generator(SEED, "classifier", step, device=device)))[1], y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        decay.step()
+    net.eval().requires_grad_(False)
     if not len(held):
         return net, None
-    with torch.no_grad():
-        right = [net(x.to(device))[1].argmax(1).cpu() == y for x, y in zip(held.images.split(1024), held.labels.split(1024), strict=True)]
+    right = [net(x.to(device))[1].argmax(1).cpu() == y for x, y in zip(held.images.split(1024), held.labels.split(1024), strict=True)]
     return net, torch.cat(right).double().mean().item()
 
 

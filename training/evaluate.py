@@ -70,6 +70,11 @@ def feature_net(
     return FeatureNet(name, lambda x: net(x.float() / 127.5 - 1 if x.dtype == torch.uint8 else 2 * x - 1), device)
 
 
+def net_of(reference: data.Dataset, settings: ImageConfig) -> FeatureNet:
+    """The network that a run's settings ask for."""
+    return feature_net(reference, cache=settings.cache, inception=settings.inception, device=settings.device, progress=settings.progress)
+
+
 def _inception(weights: Path, device: str) -> FeatureNet:
     """The network of FID, ported from TensorFlow: 2048 pooled features; 1008 logits without bias, as in the first inception scores."""
     if not weights.is_file():
@@ -148,7 +153,7 @@ def evaluate_images(
     real, real_moments = reference_features(reference, net, cache, progress)
     out = {
         "n": len(samples), "reference": f"{reference.name}, n = {len(reference)}", "guidance": guidance, "features": net.name,
-        "split_ref": split_ref, "split_rule": rule, "remarks": {},
+        "split_ref": split_ref, "split_rule": rule, "memorisation_in": "pixels", "remarks": {},
     }  # fmt: skip
     record = lambda names, compute: _record(out, names, compute)  # noqa: E731
 
@@ -210,9 +215,7 @@ def _real_parts(
 
 def real_data_anchor(dataset: data.Dataset, reference: data.Dataset, settings: ImageConfig) -> dict:
     """FID and IS of the training images themselves (001, Table 6): what a perfect generator of the long-tailed set would have."""
-    net = feature_net(
-        reference, cache=settings.cache, inception=settings.inception, device=settings.device, progress=settings.progress
-    )
+    net = net_of(reference, settings)
     features, probabilities = net(to_uint8(dataset.images), settings.progress)
     out = {"n": len(dataset), "reference": f"{reference.name}, n = {len(reference)}", "guidance": None, "features": net.name, "remarks": {}}
     moments = reference_features(reference, net, Path(settings.cache), settings.progress)[1]
@@ -275,12 +278,17 @@ def _check(samples: Tensor, labels: Tensor, dataset: data.Dataset, reference: da
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
+def find_reference(settings: ImageConfig) -> data.Dataset:
+    """The images to compare a run's samples with, if whatever else evaluation reads is there, too."""
+    if settings.inception is not None and not Path(settings.inception).is_file():
+        raise FileNotFoundError(f"evaluate: no such file of Inception's weights: {settings.inception}")
+    return data.balanced_reference(settings.dataset, root=settings.root, image_size=settings.image_size)
+
+
 def score(folder: Path, settings: ImageConfig, dataset: data.Dataset, samples: Tensor, labels: Tensor) -> dict:
     """The figures of a run's samples, with samples.png and class_fid.png in its folder."""
-    reference = data.balanced_reference(settings.dataset, root=settings.root, image_size=settings.image_size)
-    net = feature_net(
-        reference, cache=settings.cache, inception=settings.inception, device=settings.device, progress=settings.progress
-    )
+    reference = find_reference(settings)
+    net = net_of(reference, settings)
     report = evaluate_images(
         samples, labels, dataset, reference, net, guidance=settings.omega if settings.conditional else 0.0, rule=settings.split_rule,
         split_ref=settings.split_ref, seed=settings.seed, cache=Path(settings.cache), progress=settings.progress,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, config, data, plots, ranks
+from . import checkpoint, config, data, evaluate, plots, ranks
 from .config import ImageConfig
 from .diffusion import Diffusion, sample_images
 from .ema import Ema
@@ -25,7 +25,7 @@ from .runfolder import open_folder
 
 STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate}
 CONFIGS = config.IMAGE_CONFIGS
-SCORES = ("fid", "fid_head", "fid_med", "fid_tail", "is", "f8", "f1_8", "precision", "recall", "memorisation")
+SCORES = evaluate.SCORES
 
 
 def images(method: str, settings: ImageConfig, preset: ImageConfig) -> dict | None:
@@ -39,7 +39,7 @@ def images(method: str, settings: ImageConfig, preset: ImageConfig) -> dict | No
         stage = STAGES[method](dataset, modules, settings)
         folder = config.run_folder(settings, method)
         notes = stage.notes()  # while there are ranks to speak of
-        ranks.on_the_first(lambda: open_folder(method, settings, preset, dataset))  # a wrong call leaves no folder behind
+        ranks.on_the_first(lambda: begin(method, settings, preset, dataset))
         if ranks.rank() == 0:
             stage.picture = lambda step: grid(folder, modules["ema"], settings, dataset, step)
             for name, text in notes.items():
@@ -51,8 +51,9 @@ def images(method: str, settings: ImageConfig, preset: ImageConfig) -> dict | No
     samples, labels = draw_samples(modules["ema"], settings, dataset.images.shape[1:], dataset.num_classes)
     write_samples(folder, samples, labels)
     plots.tiles(folder / "samples.png", samples[some_of_each(labels)])
+    scores = evaluate.score(folder, settings, dataset, samples, labels) if settings.evaluate else {}
     report = {
-        "method": method, "dataset": dataset.name, "counts": list(dataset.counts), **notes, **stage.report(), "baselines": {},
+        "method": method, **scores, "dataset": dataset.name, "counts": list(dataset.counts), **notes, **stage.report(), "baselines": {},
     }  # fmt: skip
     report["seconds"] = round(time.perf_counter() - began, 1)
     draw(folder, report)
@@ -61,6 +62,13 @@ def images(method: str, settings: ImageConfig, preset: ImageConfig) -> dict | No
 
 
 # ---- before the first step -------------------------------------------------------------------------------------------
+
+
+def begin(method: str, settings: ImageConfig, preset: ImageConfig, dataset: data.Dataset) -> None:
+    """The run's folder. A wrong call leaves none behind, and nobody trains for days to learn that the samples cannot be evaluated."""
+    if settings.evaluate:
+        evaluate.find_reference(settings)
+    open_folder(method, settings, preset, dataset)
 
 
 def load(method: str, settings: ImageConfig) -> data.Dataset:
@@ -184,6 +192,8 @@ def sample_run(run: Path, out: Path, raw_weights: bool = False, **changes) -> tu
     samples, labels = draw_samples(modules[kind], settings, shape, num_classes)
     write_samples(out, samples, labels)
     plots.tiles(out / "samples.png", samples[some_of_each(labels)])
+    if out.resolve() != run.resolve():  # what `evaluate` has to know
+        checkpoint.write_json(out / "config.json", {**about, "settings": config.resolved(settings, settings)})
     return samples, labels
 
 

@@ -25,7 +25,8 @@ from training.methods.t2h import Calibrate
 METHODS = ("ddpm", "cbdm", "t2h")
 STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate}
 TINY = (
-    "--no-progress --steps 10 --checkpoint-every 5 --batch-size 32 --width 32 --dropout 0.1 --samples 20 --sample-steps 4 --warmup 2"
+    "--no-progress --no-evaluate --steps 10 --checkpoint-every 5 --batch-size 32 --width 32 --dropout 0.1 --samples 20 --sample-steps 4 "
+    "--warmup 2"
 )
 
 

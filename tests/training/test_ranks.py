@@ -172,7 +172,7 @@ def test_the_command_under_torchrun_writes_one_run(spawn, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    options = "--steps 3 --batch-size 8 --width 16 --samples 10 --sample-steps 2".split()
+    options = "--no-evaluate --steps 3 --batch-size 8 --width 16 --samples 10 --sample-steps 2".split()
     assert spawn(command, 2, tmp_path / "ranks", port, options) == [0, 0]
     report = json.loads((tmp_path / "ranks" / "run" / "metrics.json").read_text())
     assert report["reference_batch"].startswith("each rank's own 4 images") and sum(report["transfer"]["rows"]) == 3 * 8
