@@ -9,7 +9,8 @@
     _mix         weight @ clean on tensor cores
 
 `_screen` bounds its own error (see `_error_terms`) and rules out what float32 would round away, so it saves time where the rows of clean
-are far apart for a row's std and changes no bit of an answer. What is ruled out at small std is nearly everything, at large std nothing.
+are far apart for a row's std and changes no bit of an answer. What is ruled out at small std is nearly everything, at large std nothing; a
+tile is left out when none of its rows needs it, so rows of like std belong side by side.
 
 A logit is a function of its two rows, bit for bit, and so are the sums over a row: they depend on neither the other rows of the batch nor
 the tiles. The noise is counted by the row's and the column's number. Nothing waits for the GPU.
