@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import ltkernels
 
-from . import checkpoint, config, data, plots, run_images, toy
+from . import checkpoint, config, data, evaluate, plots, run_images, toy
 from .config import ImageConfig, T2HConfig
 from .diffusion import Diffusion
 from .figures import heading, row
@@ -49,7 +49,7 @@ METHODS = {  # row of Table 1: method, what makes it that row
 NAMES = {
     "F": "F: DDPM", "G": "G: F + Batch-Resample", "H": "H: G + H2T", "I": "I: G + Full", "J": "J: G + T2H", "CBDM": "CBDM",
 }  # fmt: skip
-SCORES = run_images.SCORES
+SCORES = evaluate.SCORES
 STEP_ROWS = ("F", "G", "J", "CBDM")
 STEP_FACTORS = (0.2, 1.0, 3.0)  # of --steps
 CUT_TIMES = (0.2, 0.4, 0.6, 0.8)  # of T; 0 is row G and 1 is row J
@@ -257,8 +257,6 @@ def coefficients(settings: T2HConfig, times: Sequence[int]) -> list[tuple[float,
 
 def anchor(settings: T2HConfig, seeds: Sequence[int], folder: Path) -> dict:
     """The long-tailed images themselves in place of generated ones, one choice of rows a seed."""
-    from . import evaluate
-
     reference = data.balanced_reference(settings.dataset, root=settings.root, image_size=settings.image_size)
     found = []
     for seed in seeds:
@@ -287,7 +285,8 @@ def job(name: str, settings: T2HConfig, preset: T2HConfig, folder: Path, seed: i
     """metrics.json of the run of one row of METHODS, from the disk if it is there."""
     method, own = METHODS[name]
     out = folder / f"{name}-{seed}{suffix}"
-    one = configured(method, settings, **own, **changes, seed=seed, out=str(out), resume=(out / "config.json").exists(), overwrite=False)
+    here = {"seed": seed, "out": str(out), "resume": (out / "config.json").exists(), "overwrite": False, "evaluate": True}
+    one = configured(method, settings, **own, **changes, **here)
     finished = out / "metrics.json"
     if not finished.exists():
         return run_images.images(method, one, configured(method, preset))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import ltkernels
-from training import checkpoint, data, figures_t2h, run_images, toy
+from training import checkpoint, data, evaluate, figures_t2h, run_images, toy
 from training.__main__ import main
 from training.config import T2HConfig
 from training.loop import generator
@@ -237,7 +237,7 @@ class Runs:
         number = len(self.made) + 1.0
         self.made.append((out.name, method, settings))
         report = {"features": self.features, "n": 200, "reference": "digits", "guidance": settings.omega, "seconds": 1.0}
-        report |= {"class_fid": [number]} | {figure: number for figure in run_images.SCORES} | {"recall": None}
+        report |= {"class_fid": [number]} | {figure: number for figure in evaluate.SCORES} | {"recall": None}
         report["fid_tail"] = None if out.name == "F-0" else number
         checkpoint.write_json(out / "metrics.json", report)
         return report
@@ -299,6 +299,20 @@ def test_steps_and_cut_share_the_table_s_runs(tmp_path, capsys, runs):
     for part in ("steps", "cut"):
         with Image.open(tmp_path / f"{part}.png") as image:
             assert image.format == "PNG"
+
+
+def test_anchor_chooses_rows_anew_for_every_seed(tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def score(dataset, reference, settings):
+        seen.append(dataset.indices.tolist())
+        about = {"n": len(dataset), "reference": f"{reference.name}, n = {len(reference)}", "features": "some"}
+        return {**about, "fid": 20.0 + len(seen), "is": 6.0}
+
+    monkeypatch.setattr(evaluate, "real_data_anchor", score)
+    assert main(["figures", "t2h", "--parts", "anchor", "--seeds", "0", "1", "--out", str(tmp_path), "--no-progress"]) == 0
+    assert len(seen) == 2 and len(seen[0]) == 587 and seen[0] != seen[1]
+    assert "reference: digits, n = 1797" in (text := capsys.readouterr().out) and "n = 587 | 21.500 ± 0.707 | 6.000 ± 0.000 |" in text
 
 
 @pytest.mark.parametrize(
