@@ -425,21 +425,19 @@ def test_forward_mode_raises_instead_of_answering_zeros(op, place):
         call(inputs[place])
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("rows, k", [(5, 7), (0, 3), (1, 1)])
+@pytest.mark.parametrize("rows, k, requires_grad", [(5, 7, True), (0, 3, False)])
 def test_opcheck(rows, k, requires_grad, backend, device):
     x, clean = (torch.randn(size, 6, device=device).requires_grad_(requires_grad) for size in (rows, k))
     scale, std, prior = (torch.ones(size, device=device) for size in (rows, rows, k))
-    for args in ((x, clean, scale, std, None), (x, clean, scale, std, prior)):
-        torch.library.opcheck(OPS.psel.default, args)
-        torch.library.opcheck(OPS.psel_mean.default, args)
-        detached = [value if value is None else value.detach() for value in args]
-        torch.library.opcheck(OPS.psel_sample.default, (*detached, torch.tensor([1], device=device), 3))
-        p, mean = OPS.psel(*detached)[0], OPS.psel_mean(*detached)[0]
-        torch.library.opcheck(OPS.psel_mix.default, (p, clean.detach()))
-        for needed in ([True] * 5, [True, False, False, True, False]):
-            torch.library.opcheck(OPS.psel_backward.default, (torch.ones_like(p), p, *detached[:4], needed))
-            torch.library.opcheck(OPS.psel_mean_backward.default, (torch.ones_like(mean), *detached, needed))
+    args, needed = (x, clean, scale, std, prior if requires_grad else None), [True, requires_grad, False, True, requires_grad]
+    torch.library.opcheck(OPS.psel.default, args)
+    torch.library.opcheck(OPS.psel_mean.default, args)
+    args = [value if value is None else value.detach() for value in args]
+    p, mean = OPS.psel(*args)[0], OPS.psel_mean(*args)[0]
+    torch.library.opcheck(OPS.psel_sample.default, (*args, torch.tensor([1], device=device), 3))
+    torch.library.opcheck(OPS.psel_mix.default, (p, clean.detach()))
+    torch.library.opcheck(OPS.psel_backward.default, (torch.ones_like(p), p, *args[:4], needed))
+    torch.library.opcheck(OPS.psel_mean_backward.default, (torch.ones_like(mean), *args, needed))
 
 
 def test_compiles_into_one_graph(backend, device):
@@ -528,7 +526,7 @@ from pathlib import Path
 def mb(field):
     return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
 
-x, clean = torch.randn(4096, 8), torch.randn(16384, 8)
+x, clean = torch.randn(2048, 8), torch.randn(16384, 8)
 ltkernels.score_select(x[:100], clean, 1.0, 1.0, seed=0), ltkernels.posterior_mean(x[:100], clean, 1.0, 1.0)
 for op in (ltkernels.score_select, ltkernels.posterior_mean):
     Path("/proc/self/clear_refs").write_text("5")
@@ -542,7 +540,7 @@ for op in (ltkernels.score_select, ltkernels.posterior_mean):
 def test_memory_is_never_rows_times_samples():
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     for peak in map(float, run.stdout.split()):
-        assert peak < 64, f"{peak:.0f} MB beyond the inputs; a B x K matrix of float32 would be 256 MB"
+        assert peak < 48, f"{peak:.0f} MB beyond the inputs; a B x K matrix of float32 would be 128 MB"
 
 
 ISA_NEEDS = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
@@ -553,7 +551,7 @@ X86_FLAGS = set(re.search(r"^flags\s*:(.*)$|\Z", Path("/proc/cpuinfo").read_text
 @pytest.mark.parametrize("isa", [isa for isa, needs in ISA_NEEDS.items() if needs <= X86_FLAGS])
 def test_every_instruction_set_of_this_processor(isa):
     """In a process of its own, on each path that the library can choose at run time."""
-    cases = "cpu and (schedule or small_noise or perturbed or bits or finite or weights) and not 12288"
+    cases = "cpu and (small_noise or 600-48 or 30-3072 or 300-50 or 300-31 or weights) and not 12288"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", cases]
     run = subprocess.run(command, env={**os.environ, "LTKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
