@@ -29,9 +29,9 @@ void check_cuda(const char* op, const Tensor& first, std::initializer_list<const
   }
 }
 
-// Blocks are numbered in 32 bits, and so are the columns.
-void check_size(const char* op, int64_t row_tiles, int64_t column_tiles, int64_t columns) {
-  LT_CHECK(columns <= INT32_MAX && row_tiles <= INT32_MAX / std::max<int64_t>(1, column_tiles), op,
+// Blocks are numbered in 32 bits, and so are the columns; the softmax has a block a row.
+void check_size(const char* op, int64_t rows, int64_t columns, int64_t row_tiles, int64_t column_tiles) {
+  LT_CHECK(std::max(rows, columns) <= INT32_MAX && row_tiles <= INT32_MAX / std::max<int64_t>(1, column_tiles), op,
            "the problem is too large for one launch on cuda; split the rows");
 }
 
@@ -70,7 +70,7 @@ Tensor select(const char* op, const Tensor& x, const Tensor& clean, const Tensor
   if (log_prior) check_vector(op, "log_prior", *log_prior, columns, ScalarType::Float);
   LT_CHECK(columns >= 1, op, "clean must have at least one row");
   const score_select::Tiling tiling = score_select::make_tiling(rows, columns);
-  check_size(op, tiling.row_tiles, tiling.blocks(), columns);
+  check_size(op, rows, columns, tiling.row_tiles, tiling.blocks());
   const Tensor log_normalizer = torch::stable::new_empty(scale, {rows});
   if (rows == 0) return log_normalizer;  // an empty grid is a launch error
 
@@ -126,8 +126,8 @@ Tensor psel_mix_cuda(const Tensor& weight, const Tensor& clean) {
   check_cuda(op, weight, {&weight, &clean});
   check_matrix(op, "weight", weight, rows, columns, ScalarType::Float);
   check_matrix(op, "clean", clean, columns, d, clean.scalar_type());
-  check_size(op, (rows + score_select::kMixTile - 1) / score_select::kMixTile,
-             (d + score_select::kMixTile - 1) / score_select::kMixTile, columns);
+  check_size(op, rows, columns, (rows + score_select::kMixTile - 1) / score_select::kMixTile,
+             (d + score_select::kMixTile - 1) / score_select::kMixTile);
   const Tensor out = torch::stable::new_empty(weight, {rows, d});
   if (rows == 0 || d == 0) return out;
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());

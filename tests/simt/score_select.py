@@ -196,7 +196,9 @@ REMOVALS = {
     ),
     "last row of the mixture": Removal("score_select.cuh", "if (r < m.rows && l < m.d) ", "", "asan", "tiny", "AddressSanitizer"),
     "a weight of 0": Removal("score_select.cuh", "if (weight != 0.0f) {", "{", "plain", "tiny", "Not equal"),
-    "rows of x with NaN": Removal("score_select.cuh", "if (broken && !finite(v)) atomicOr(&broken[r], 1);", "", "plain", "tiny", ""),
+    "rows of x with NaN": Removal(
+        "score_select.cuh", "if (broken && !finite(v)) atomicOr(&broken[r], 1);", "", "plain", "tiny", "isnan(found[broken])"
+    ),
     "last row of the partials": Removal(
         "score_select.cuh", "if (row >= p.rows) return;", "", "ptx", "tiny", "out of bounds"
     ),
