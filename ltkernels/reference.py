@@ -203,7 +203,7 @@ def psel_backward(
 def psel_mean_backward(
     grad: Tensor, x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same for grad (B, D) of the posterior mean m: dl_ij = p_ij (clean_j - m_i) . grad_i, where m . grad = sum_j p_j clean_j . grad."""
+    """The same for grad (B, D) of the posterior mean m: dl_ij = p_ij (clean_j - m_i) . grad_i, and m . grad is sum_j p_j clean_j . grad."""
     ops, wide = torch.ops.ltkernels, grad.to(scale.dtype)
     shares = torch.zeros_like(clean, dtype=scale.dtype)  # of clean by way of the sum itself: p^T grad
     points = _finite(clean).T.contiguous()

@@ -148,7 +148,8 @@ def test_bank_as_clean(backend, device):
     prior = weighted.log_weight
     assert torch.equal(p_sel(x, weighted, scale, std), p_sel(x, clean, scale, std, log_prior=prior))
     assert torch.equal(posterior_mean(x, weighted, scale, std), posterior_mean(x, clean, scale, std, log_prior=prior))
-    assert torch.equal(score_select(x, weighted, scale, std, seed=1).index, score_select(x, clean, scale, std, log_prior=prior, seed=1).index)
+    drawn = score_select(x, clean, scale, std, log_prior=prior, seed=1).index
+    assert torch.equal(score_select(x, weighted, scale, std, seed=1).index, drawn)
 
 
 def test_what_is_not_finite(backend, device):
@@ -170,7 +171,8 @@ def test_what_is_not_finite(backend, device):
 def test_no_finite_logit(backend, device):
     x, clean = torch.randn(3, 4, device=device), torch.randn(3, 4, device=device)
     nothing = torch.full((3,), -math.inf, device=device)
-    assert p_sel(x, clean, 1.0, 1.0, log_prior=nothing).isnan().all() and posterior_mean(x, clean, 1.0, 1.0, log_prior=nothing).isnan().all()
+    for op in (p_sel, posterior_mean):
+        assert op(x, clean, 1.0, 1.0, log_prior=nothing).isnan().all()
     chosen = score_select(x, clean, 1.0, 1.0, log_prior=nothing, seed=0)
     assert (chosen.log_normalizer == -math.inf).all() and chosen.index.tolist() == [0, 1, 2] and not chosen.moved.any()
     far = score_select(x * 1e30, clean, 1.0, 1.0, self_index=torch.full((3,), -1, device=device), seed=0)  # squares overflow
@@ -195,8 +197,8 @@ def test_weights_of_zero_take_nothing(backend, device):
 
 
 def perturbed(x, clean, scale, std, seed, row_offset=0, log_prior=None):
-    rows = row_offset + torch.arange(len(x))
-    return exact_logits(x, clean, scale, std, log_prior) + reference.gumbel(reference.philox(torch.tensor([seed]), rows, torch.arange(len(clean))))
+    rows, columns = row_offset + torch.arange(len(x)), torch.arange(len(clean))
+    return exact_logits(x, clean, scale, std, log_prior) + reference.gumbel(reference.philox(torch.tensor([seed]), rows, columns))
 
 
 @pytest.mark.parametrize("k, d", [(1, 3), (7, 2), (300, 31), (1000, 48)])
@@ -474,9 +476,11 @@ def test_autocast_does_not_copy_clean(backend, device, monkeypatch):
     chosen = score_select(half.float(), clean, scale, std, seed=0)
     seen = []
     original = ltkernels.backends.implementation
-    monkeypatch.setattr(
-        ltkernels.backends, "implementation", lambda *a: lambda rows, points, *rest: seen.append(points) or original(*a)(rows, points, *rest)
-    )
+
+    def watched(*chosen):
+        return lambda rows, points, *rest: seen.append(points) or original(*chosen)(rows, points, *rest)
+
+    monkeypatch.setattr(ltkernels.backends, "implementation", watched)
     with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(p_sel(half, clean, scale, std), expected[0])
         assert torch.equal(posterior_mean(half, clean, scale, std), expected[1])
