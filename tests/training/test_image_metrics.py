@@ -165,7 +165,7 @@ def test_precision_and_recall_in_blocks(monkeypatch):
     split = torch.Tensor.split
     monkeypatch.setattr(torch.Tensor, "split", lambda self, size: sizes.append(size) or split(self, 7 if self.dim() == 2 else size))
     assert metrics.improved_precision_recall(generated, reference) == brute_force(generated, reference, 5)
-    assert max(sizes) * 300 <= 2**22
+    assert max(sizes) * 300 <= 2**20
 
 
 def test_precision_and_recall_of_same_and_far_sets():
