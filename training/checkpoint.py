@@ -139,9 +139,14 @@ def cached(path: Path, key: str, make: Callable[[], tuple[dict[str, Tensor], dic
             with replacing(Path(own) / path.name) as temporary:
                 metadata = {"key": key, "about": json.dumps(about)}
                 save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
-            if (found := _read_cached(path, key)) is None:
+            try:
+                os.link(Path(own) / path.name, path)  # which, unlike a rename, fails where another process was first
+            except FileExistsError:
+                if _read_cached(path, key) is None:
+                    os.replace(Path(own) / path.name, path)
+            except OSError:  # a file system without hard links
                 os.replace(Path(own) / path.name, path)
-                found = _read_cached(path, key)
+        found = _read_cached(path, key)
     return found
 
 

@@ -254,15 +254,16 @@ def _in_any_ball(points: Tensor, centres: Tensor, k: int) -> Tensor:
     last = ltkernels.knn(centres, centres, k, self_index=True).index[:, -1]
     points, centres = points.double(), centres.double()
     radius = (centres - centres[last]).square().sum(1)  # (N,) squared
-    middle = centres.mean(0)  # far from the origin the expansion would lose everything
-    norm = (centres - middle).square().sum(1)
+    middle = centres.mean(0)  # far from the origin the expansion would leave everything in doubt
+    centred = centres - middle
+    norm, rounding = centred.square().sum(1), (16 + centres.shape[1]) * torch.finfo(torch.float64).eps
     inside = []
-    for part in points.split(max(1, 2**22 // len(centres))):  # blocks of 32 MiB
+    for part in points.split(max(1, 2**20 // len(centres))):  # blocks of 8 MiB
         own = (part - middle).square().sum(1, keepdim=True)
-        beyond = own + norm - 2 * (part - middle) @ (centres - middle).T - radius  # (p, N)
-        doubt = (16 + points.shape[1]) * torch.finfo(torch.float64).eps * (own + norm)
+        beyond = torch.addmm(own + (norm - radius), part - middle, centred.T, alpha=-2)  # (p, N)
+        doubt = rounding * (own + norm)
         certain = (beyond < -doubt).any(1)
-        row, column = ((beyond.abs() <= doubt) & ~certain[:, None]).nonzero(as_tuple=True)
+        row, column = ((beyond.abs_() <= doubt) & ~certain[:, None]).nonzero(as_tuple=True)
         for rows, columns in zip(row.split(4096), column.split(4096), strict=True):
             within = (part[rows] - centres[columns]).square().sum(1) <= radius[columns]
             certain[rows[within]] = True

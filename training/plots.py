@@ -329,12 +329,12 @@ def sample_grid(
     """
     rows = [(label, _rgb(samples), _rgb(nearest)) for label, samples, nearest in rows]
     size, columns = rows[0][1].shape[1], max(len(samples) for _, samples, _ in rows)
-    scale = max(1, 48 // size)
-    edge, frame = size * scale, 3
-    cell, gap = edge + 2 * frame, 14  # a cell has room for the frame; a pair is two cells
+    scale = max(1, 96 // size)
+    edge, frame = size * scale, 5
+    cell, gap = edge + 2 * frame, 24  # a cell has room for the frame; a pair is two cells
     group = {label: i for i, classes in enumerate(groups) for label in classes}
     of_row = [group.get(label, -1) for label, _, _ in rows]
-    tops = np.cumsum([0] + [cell + (16 if a != b else 4) for a, b in zip(of_row[:-1], of_row[1:], strict=True)])
+    tops = np.cumsum([0] + [cell + (28 if a != b else 6) for a, b in zip(of_row[:-1], of_row[1:], strict=True)])
     sheet = np.full((tops[-1] + cell, columns * (2 * cell + gap) - gap, 3), 255, np.uint8)
     for top, (_, samples, nearest) in zip(tops, rows, strict=True):
         for i, (sample, near) in enumerate(zip(samples, nearest, strict=True)):
@@ -358,8 +358,8 @@ def sample_grid(
             place = (1.01, 1 - np.mean(own) / len(sheet))
             axes.text(*place, name, transform=axes.transAxes, rotation=270, ha="left", va="center", color=GREY)
     axes.set_title(title)
-    shown = sum(len(samples) for _, samples, _ in rows)
-    return _save(figure, path, f"framed: the training image nearest in pixels; brackets: training images of the class; {shown} samples")
+    caption = f"{sum(len(samples) for _, samples, _ in rows)} samples; framed: the training image nearest in pixels"
+    return _save(figure, path, caption + ("; brackets: training images of the class" if max(of_row) >= 0 else ""))
 
 
 def class_bars(

@@ -115,7 +115,7 @@ def test_unknown_options_and_choices_are_refused(tmp_path, capsys, options, expe
 @pytest.mark.parametrize(
     "command, expected",
     [
-        (["dgdd"], "the command must be one of dgd, cludi, ddpm, cbdm, t2h, sample, figures, features, fetch; got 'dgdd'"),
+        (["dgdd"], "the command must be one of dgd, cludi, ddpm, cbdm, t2h, sample, evaluate, classifier, figures, features, fetch; got 'dgdd'"),
         (["fetch", "digits"], "fetch: can download cifar10, cifar100; got 'digits'"),
     ],
 )

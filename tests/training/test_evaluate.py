@@ -255,6 +255,15 @@ def test_several_writers_agree_on_one_file(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["x.safetensors"]
 
 
+def test_the_cache_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*paths):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    assert checkpoint.cached(tmp_path / "x.safetensors", "key", lambda: ({"x": torch.ones(2)}, {"by": 1}))[1] == {"by": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
 def test_digests_see_what_they_are_given():
     x = torch.arange(6)
     same = checkpoint.digest("a", x)
