@@ -3,8 +3,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include "knn_kde/knn_kde.h"
+#include "score_select/score_select.h"
 
 STABLE_TORCH_LIBRARY_IMPL(ltkernels_native, CPU, m) {
   m.impl("knn", TORCH_BOX(&ltkernels::knn_cpu));
   m.impl("knn_kde", TORCH_BOX(&ltkernels::knn_kde_cpu));
+  m.impl("psel", TORCH_BOX(&ltkernels::psel_cpu));
+  m.impl("psel_sample", TORCH_BOX(&ltkernels::psel_sample_cpu));
+  m.impl("psel_mix", TORCH_BOX(&ltkernels::psel_mix_cpu));
 }

@@ -38,7 +38,7 @@ TORCH_SCHEMAS = (  # torch ops on every backend: preparation and the bilinear pi
     f"psel_mean({_NOISY}) -> (Tensor mean, Tensor log_normalizer)",
     "psel_backward(Tensor grad, Tensor p, Tensor x, Tensor clean, Tensor scale, Tensor std, bool[] needed)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    f"psel_mean_backward(Tensor grad, Tensor mean, {_NOISY}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"psel_mean_backward(Tensor grad, {_NOISY}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 _PUBLIC_NAMES = {  # what errors and routes call an op of SCHEMAS

@@ -141,7 +141,8 @@ def psel_logits(x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior:
     logits = torch.empty(len(x), len(clean), dtype=dtype, device=x.device)
     for rows in _row_chunks(len(x), clean.numel()):
         difference = x[rows, None].to(dtype) - scale[rows, None, None] * points
-        logits[rows] = -(difference.square().sum(-1, dtype=torch.float64) / (2 * std[rows, None].double().square())).to(dtype)
+        sqdist, wide = difference.square().sum(-1, dtype=torch.float64), std[rows, None].double()
+        logits[rows] = -(sqdist / wide / wide / 2).to(dtype)  # std^2 could underflow
     if log_prior is not None:
         logits = logits + log_prior
     logits = logits.masked_fill(~torch.isfinite(points).all(1), -math.inf)
@@ -163,7 +164,7 @@ def psel_sample(
     logits = psel_logits(x, clean, scale, std, log_prior)
     rows = row_offset + torch.arange(len(x), device=x.device)
     noise = gumbel(philox(seed, rows, torch.arange(len(clean), device=x.device))).to(logits.dtype)
-    best, index = (logits + noise).nan_to_num(nan=-math.inf).max(1)
+    best, index = (logits + noise).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).max(1)
     first = (logits + noise == best[:, None]).to(torch.uint8).argmax(1)  # max promises no order among equals; argmax of a 0/1 row does
     return torch.where(best > -math.inf, first, -1).to(index.dtype), torch.logsumexp(logits, 1)
 
@@ -172,10 +173,11 @@ def psel_mix(weight: Tensor, clean: Tensor) -> Tensor:
     """weight (B, K) @ clean (K, D). A weight of 0 takes nothing from its row, whatever is in it; a NaN weight gives a NaN row."""
     dtype = _arithmetic(clean.dtype)
     points = clean.to(dtype)
-    broken = ~torch.isfinite(points).all(1)
-    out = weight.to(dtype) @ points.masked_fill(broken[:, None], 0)
-    touched = (weight[:, broken] != 0).any(1, keepdim=True)
-    return out.masked_fill(touched, math.nan)
+    out = torch.empty(len(weight), points.shape[1], dtype=dtype, device=points.device)
+    for rows in _row_chunks(len(weight), points.numel()):
+        share = weight[rows, :, None].to(dtype)
+        out[rows] = (share * points).masked_fill(share == 0, 0).sum(1)  # the bits of a matrix product change with the number of threads
+    return out
 
 
 # The three that follow run on every backend: they are made of the ops psel and psel_mix, a few rows at a time.
@@ -199,26 +201,26 @@ def psel_backward(
 
 
 def psel_mean_backward(
-    grad: Tensor, mean: Tensor, x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None, needed: list[bool]
+    grad: Tensor, x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same for grad (B, D) of the posterior mean: dl_ij = p_ij (clean_j - mean_i) . grad_i."""
+    """The same for grad (B, D) of the posterior mean m: dl_ij = p_ij (clean_j - m_i) . grad_i, and m . grad is sum_j p_j clean_j . grad."""
     ops, wide = torch.ops.ltkernels, grad.to(scale.dtype)
     shares = torch.zeros_like(clean, dtype=scale.dtype)  # of clean by way of the sum itself: p^T grad
+    points = _finite(clean).T.contiguous()
 
     def logits():
         for rows in _mix_chunks(len(x), len(clean)):
             p, _ = ops.psel(x[rows], clean, scale[rows], std[rows], log_prior)
             if needed[1]:
                 shares.add_(ops.psel_mix(p.T.contiguous(), wide[rows]))
-            along = ops.psel_mix(wide[rows], _finite(clean).T.contiguous()) - (wide[rows] * mean[rows]).sum(1, keepdim=True)
-            yield rows, p * along
+            along = ops.psel_mix(wide[rows], points)
+            yield rows, p * (along - (p * along).sum(1, keepdim=True))
 
     return _gradients(logits(), x, clean, scale, std, needed, shares)
 
 
 def _gradients(parts, x, clean, scale, std, needed, shares):
-    """From (rows, dl (rows, K)): sum_j dl_ij = 0, so constants over j may be left out or put in; distances from the centre of `clean`
-    lose least."""
+    """From (rows, dl (rows, K)): sum_j dl_ij = 0, so what is constant over j is left out."""
     dtype, mix = scale.dtype, torch.ops.ltkernels.psel_mix
     points = _finite(clean)
     likes = zip((x, clean, scale, std), needed[:4], strict=True)

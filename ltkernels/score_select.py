@@ -176,8 +176,6 @@ def _checked(op: str, x_t, clean, scale, std, log_prior) -> tuple[Tensor, Tensor
         x = x.to(clean.dtype)  # clean may be a whole data set: autocast must not copy it
     dtype = _answer_dtype(x)
     scale, std = _coefficient(op, "scale", scale, x, dtype), _coefficient(op, "std", std, x, dtype)
-    if not torch.compiler.is_compiling() and bool((std <= 0).any()):
-        raise ValueError(f"{op}: std must be positive; got {std.detach().min().item()}")
     return x, clean, scale, std, None if log_prior is None else _log_prior(op, log_prior, clean, dtype)
 
 
@@ -187,14 +185,24 @@ def _samples(op: str, name: str, value) -> Tensor:
         raise ValueError(f"{op}: expected {name} of shape (rows, ...) with at least one element a row; got {tuple(value.shape)}")
     if value.dtype not in _arrays.FLOATS:
         raise TypeError(f"{op}: expected {name} in float16, bfloat16, float32 or float64; got {value.dtype}")
-    if _has_tangent(value):  # torch.library has no forward mode: the answers' tangents would silently be zero
-        raise NotImplementedError(f"{op}: no forward-mode derivatives; use torch.autograd.grad")
+    _refuse_tangent(op, value)
     return value
 
 
+def _refuse_tangent(op: str, value: Tensor) -> None:
+    if _has_tangent(value):  # torch.library has no forward mode: the answers' tangents would silently be zero
+        raise NotImplementedError(f"{op}: no forward-mode derivatives; use torch.autograd.grad")
+
+
 def _coefficient(op: str, name: str, value, x: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(value, Real) and not isinstance(value, bool):
-        value = torch.tensor(float(value), dtype=torch.float64)
+    if isinstance(value, Real) and not isinstance(value, bool):  # the loops of training and sampling: no tensor has to be read back
+        value = float(value)
+        limits = torch.finfo(dtype)
+        if not abs(value) <= limits.max:
+            raise ValueError(f"{op}: {name} must be finite in {dtype}; got {value}")
+        if name == "std" and not value >= limits.tiny:
+            raise ValueError(f"{op}: std must be positive in {dtype}; got {value}")
+        return torch.full((len(x),), value, dtype=dtype, device=x.device)
     value = _arrays.tensor(op, name, value)
     if value.dim() > 1 or value.dim() == 1 and len(value) != len(x):
         raise ValueError(f"{op}: {name} must be a number, a 0-dim tensor or (B,); got shape {tuple(value.shape)} with B={len(x)}")
@@ -202,9 +210,12 @@ def _coefficient(op: str, name: str, value, x: Tensor, dtype: torch.dtype) -> Te
         raise TypeError(f"{op}: {name} must be in a floating-point dtype; got {value.dtype}")
     if value.dim() == 1 and value.device != x.device:
         raise ValueError(f"{op}: expected {name} on the device of x_t, {x.device}; got {value.device}")
+    _refuse_tangent(op, value)
     value = value.to(device=x.device, dtype=dtype)
     if not torch.compiler.is_compiling() and not bool(torch.isfinite(value).all()):
         raise ValueError(f"{op}: {name} must be finite in {dtype}; got {value.detach()[~torch.isfinite(value)].flatten()[0].item()}")
+    if name == "std" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
+        raise ValueError(f"{op}: std must be positive in {dtype}; got {value.detach().min().item()}")
     return value.expand(len(x)).contiguous()
 
 
@@ -216,6 +227,7 @@ def _log_prior(op: str, log_prior, clean: Tensor, dtype: torch.dtype) -> Tensor:
         raise TypeError(f"{op}: expected log_prior in a floating-point dtype; got {log_prior.dtype}")
     if log_prior.device != clean.device:
         raise ValueError(f"{op}: expected log_prior on the device of clean, {clean.device}; got {log_prior.device}")
+    _refuse_tangent(op, log_prior)
     if not torch.compiler.is_compiling() and not bool((log_prior < math.inf).all()):
         raise ValueError(f"{op}: log_prior must be below infinity; got {log_prior.detach()[~(log_prior < math.inf)][0].item()}")
     return log_prior.to(dtype).contiguous()
@@ -247,7 +259,7 @@ def _gate_counts(op: str, gate: str, labels, class_counts, self_labels, own: Ten
     for name, value in (("labels", labels), ("class_counts", class_counts)):
         if value is None:
             raise ValueError(f"{op}: gate {gate!r} needs {name}; got None")
-    counts = class_counts if isinstance(class_counts, Tensor) else torch.as_tensor(class_counts)
+    counts = _arrays.tensor(op, "class_counts", torch.tensor(class_counts) if _is_list_of_numbers(class_counts) else class_counts)
     if counts.dim() != 1 or len(counts) == 0 or counts.is_complex():
         raise ValueError(f"{op}: expected class_counts of shape (C,), the rows of each class; got shape {tuple(counts.shape)}")
     if not torch.compiler.is_compiling() and not bool((counts >= 0).all()):
@@ -257,6 +269,10 @@ def _gate_counts(op: str, gate: str, labels, class_counts, self_labels, own: Ten
     if self_labels is None:
         return there, there[own]
     return there, counts[_integers(op, "self_labels", self_labels, len(own), device, 0, len(counts))]
+
+
+def _is_list_of_numbers(value) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(x, Real) for x in value)
 
 
 def _seed(op: str, seed, device: torch.device) -> Tensor:
@@ -303,7 +319,7 @@ def _(grad, p, x, clean, scale, std, needed):
 
 
 @torch.library.register_fake("ltkernels::psel_mean_backward")
-def _(grad, mean, x, clean, scale, std, log_prior, needed):
+def _(grad, x, clean, scale, std, log_prior, needed):
     return _like_where_needed((x, clean, scale, std, scale.new_empty(len(clean))), needed)
 
 
@@ -317,13 +333,12 @@ def _needed(ctx) -> list[bool]:
 
 def _setup_psel(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4], output[0])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward_psel(ctx, grad_p, grad_log_normalizer):
+def _backward_psel(ctx, grad_p, _):
     x, clean, scale, std, p = ctx.saved_tensors
-    if grad_log_normalizer is not None:
-        raise NotImplementedError("p_sel: the log-normaliser is not differentiable")
     if grad_p is None:
         return (None,) * 5
     needed = _needed(ctx)
@@ -332,16 +347,17 @@ def _backward_psel(ctx, grad_p, grad_log_normalizer):
 
 
 def _setup_psel_mean(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[0])
+    ctx.save_for_backward(*inputs)
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward_psel_mean(ctx, grad_mean, grad_log_normalizer):
-    x, clean, scale, std, log_prior, mean = ctx.saved_tensors
+def _backward_psel_mean(ctx, grad_mean, _):
+    x, clean, scale, std, log_prior = ctx.saved_tensors
     if grad_mean is None:
         return (None,) * 5
     needed = _needed(ctx)
-    grads = torch.ops.ltkernels.psel_mean_backward(grad_mean, mean, x, clean, scale, std, log_prior, needed)
+    grads = torch.ops.ltkernels.psel_mean_backward(grad_mean, x, clean, scale, std, log_prior, needed)
     return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
 
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import Bank, __version__, backend, backends, build_info, knn, knn_kde_grad, reference
+from . import Bank, __version__, backend, backends, build_info, knn, knn_kde_grad, p_sel, posterior_mean, reference, score_select
 
 INF, NAN = math.inf, math.nan
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # minutes instead of seconds: every case has fewer and shorter rows
@@ -41,6 +41,7 @@ class Op(NamedTuple):
     run: Callable[[Any, str], list[Answer]]  # case, device -> answers that must agree in every bit
     judge: Callable[[Any, Answer], Errors]
     workload: Callable[[torch.dtype, int, int], Callable]  # dtype, d, k -> what --tune times
+    takes_k: bool = True  # False: --tune measures once for all k
 
 
 class Search:
@@ -169,9 +170,122 @@ def _judge_density(case: Search, answer: Answer) -> Errors:
     }
 
 
+class Selection:
+    """One call of p_sel, score_select and posterior_mean, and what float64 says about them."""
+
+    def __init__(self, x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None = None, row_offset: int = 0):
+        self.x, self.clean, self.log_prior, self.row_offset = x, clean, log_prior, row_offset
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.scale, self.std = scale.to(dtype), std.to(dtype)  # not the numbers before they are rounded: at std = .002 that is seen
+        wide = (value if value is None else value.double() for value in (x, clean, self.scale, self.std, log_prior))
+        self.logits = reference.psel_logits(*wide)
+        self.p, self.log_normalizer = torch.softmax(self.logits, 1), self.logits.logsumexp(1)
+        self.noise = reference.gumbel(reference.philox(torch.tensor([SEED]), row_offset + torch.arange(len(x)), torch.arange(len(clean))))
+
+
+SEED = 2**40 + 1
+_LEVELS = {  # scale and std
+    "ddpm t=1": (0.99995, 0.01), "ddpm t=100": (0.9469, 0.3216), "ddpm t=500": (0.2789, 0.9603), "ddpm t=1000": (0.00635, 0.99998),
+    "edm sigma=.002": (1, 0.002), "edm sigma=.01": (1, 0.01), "edm sigma=1": (1, 1), "edm sigma=80": (1, 80),
+    "flow t=.3": (0.7, 0.3), "flow t=1": (0, 1),
+}  # fmt: skip
+
+
+@cache
+def _selections(dtype: torch.dtype) -> dict[str, Selection]:
+    """Every noise level; rows and columns that fill no tile; priors, duplicates and what is not finite."""
+    g = torch.Generator().manual_seed(0)
+    b, k, d = (3, 20, 40) if INTERPRETED else (9, 70, 3072)
+
+    def made(b, k, d, levels=((0.8, 0.6), (1, 0.5), (0.1, 0.99)), clean=None, log_prior=None, row_offset=0):
+        clean = torch.rand(k, d, generator=g) * 2 - 1 if clean is None else clean
+        scale, std = torch.tensor([levels[i % len(levels)] for i in range(b)], dtype=torch.float64).reshape(b, 2).T
+        own = torch.randint(len(clean), (b,), generator=g)
+        x = scale[:, None] * clean[own] + std[:, None] * torch.randn(b, d, generator=g)
+        return Selection(x.to(dtype), clean.to(dtype), scale, std, log_prior, row_offset)
+
+    left_out, broken = torch.randn(k, generator=g), made(b, k, 7)
+    left_out[::3] = -INF
+    broken.x[1], broken.x[2, 3], broken.clean[::5], broken.clean[1::7, 2] = NAN, -INF, NAN, INF
+    return {
+        **{name: made(b, k, d, [level]) for name, level in _LEVELS.items()},
+        "ragged": made(7, 5 * k + 3, 33),
+        "d=1": made(b, k, 1),
+        "K=1": made(b, 1, 6),
+        "no row": made(0, k, 4),
+        "log_prior": made(b, k, 10, log_prior=left_out),
+        "duplicates": made(b, k, 10, clean=torch.randn(1, 10, generator=g).repeat(k, 1)),
+        "rows beyond 2^32": made(b, k, 5, row_offset=2**33 + 3),
+        "NaN and inf": Selection(broken.x, broken.clean, broken.scale, broken.std),
+    }
+
+
+def _run_selection(name: str, case: Selection, device: str) -> list[Answer]:
+    """The answer; again on one thread; and by halves."""
+    x, clean, scale, std = (value.to(device) for value in (case.x, case.clean, case.scale, case.std))
+    log_prior = None if case.log_prior is None else case.log_prior.to(device)
+
+    def call(rows: slice) -> Answer:
+        arguments = x[rows], clean, scale[rows], std[rows]
+        if name != "score_select":
+            return {name: (p_sel if name == "p_sel" else posterior_mean)(*arguments, log_prior=log_prior)}
+        nobody = torch.full((len(arguments[0]),), -1, device=device)
+        offset = case.row_offset + rows.start
+        answer = score_select(*arguments, log_prior=log_prior, self_index=nobody, seed=SEED, row_offset=offset)
+        return {"index": answer.index, "log_normalizer": answer.log_normalizer}
+
+    answers, rows = [], len(x)
+    for threads in (THREADS, 1):
+        torch.set_num_threads(threads)
+        answers.append(call(slice(0, rows)))
+    halves = [call(slice(0, rows // 2)), call(slice(rows // 2, rows))]
+    answers.append({output: torch.cat([half[output] for half in halves]) for output in answers[0]})
+    return [{output: value.cpu() for output, value in answer.items()} for answer in answers]
+
+
+def _judge_p(case: Selection, answer: Answer) -> Errors:
+    limit = 1e-9 if case.x.dtype == torch.float64 else 2e-3  # a logit of 1536 rounded to float32 is off by 6e-5
+    return {"p": (_deviation(answer["p_sel"], case.p, case.p + 1e-3), limit)}
+
+
+def _judge_selection(case: Selection, answer: Answer) -> Errors:
+    """log_normalizer, and draws that are not the largest perturbed logit where the two largest differ by more than 1e-3."""
+    index, single = answer["index"], case.x.dtype != torch.float64
+    perturbed = (case.logits + case.noise).nan_to_num(nan=-INF, posinf=INF, neginf=-INF)
+    best = perturbed.amax(1, keepdim=True)
+    drawn = perturbed.gather(1, index.clamp(0, len(case.clean) - 1)[:, None])
+    none = best[:, 0] == -INF
+    wrong = torch.where(none, index != -1, (index < 0) | (index >= len(case.clean)) | ~(drawn >= best - 1e-3)[:, 0])
+    scale = (case.log_normalizer.abs() * 3e-4).clamp(min=1).nan_to_num(nan=1, posinf=1)
+    return {
+        "log_normalizer": (_deviation(answer["log_normalizer"], case.log_normalizer, scale), 1e-3 if single else 1e-9),
+        "index": (wrong.sum(), 0),
+    }
+
+
+def _judge_mean(case: Selection, answer: Answer) -> Errors:
+    clean = reference._finite(case.clean.double())
+    mean = (case.p @ clean).masked_fill(case.p.isnan().any(1, keepdim=True), NAN)
+    limit = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-9}[case.x.dtype]
+    return {"mean": (_deviation(answer["posterior_mean"], mean, clean.abs().max().clamp(min=1e-3)), limit)}
+
+
+def _selection_workload(name: str, dtype: torch.dtype, d: int, k: int) -> Callable:
+    x, clean = (torch.randn(rows, d, device="cuda").to(dtype) for rows in (512, 16384))
+    op = {"p_sel": p_sel, "score_select": partial(score_select, seed=SEED), "posterior_mean": posterior_mean}[name]
+    return partial(op, x, clean, 1.0, 0.5)
+
+
+def _selection(name: str, judge: Callable) -> Op:
+    return Op(_selections, partial(_run_selection, name), judge, partial(_selection_workload, name), takes_k=False)
+
+
 OPS = {  # the one place to add an op: what to run it on, how to run and judge it, and what --tune times
     "knn": Op(_searches, partial(_run_search, knn), _judge_neighbours, partial(_workload, knn)),
     "knn_kde_grad": Op(_searches, partial(_run_search, knn_kde_grad), _judge_density, partial(_workload, knn_kde_grad)),
+    "p_sel": _selection("p_sel", _judge_p),
+    "score_select": _selection("score_select", _judge_selection),
+    "posterior_mean": _selection("posterior_mean", _judge_mean),
 }
 
 
@@ -227,13 +341,20 @@ def test(name: str, device: str, op: str, dtype: torch.dtype) -> dict[str, Any]:
         verdict = f"MISS: {case_name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     dtype_name = str(dtype).removeprefix("torch.")
     outputs = "  ".join(f"{output} {w['error']:.2g}/{w['limit']:.2g}" for output, w in worst.items())
-    print(f"{name:9} {device:4} {op:12} {dtype_name:8} {len(cases):2} cases  {outputs}  {verdict}", flush=True)
+    print(f"{name:9} {device:4} {op:14} {dtype_name:8} {len(cases):2} cases  {outputs}  {verdict}", flush=True)
     return {"backend": name, "device": device, "op": op, "dtype": dtype_name, "cases": len(cases), "worst": worst, "verdict": verdict}
 
 
 TUNED_D = {32: range(1, 65), 128: range(65, 257), 512: range(257, backends.MAX_D + 1)}  # measured at d: for these
 TUNED_K = {16: range(1, 33), 64: range(33, 129), 256: range(129, backends.MAX_K + 1)}
 WARMUP, ROUNDS = 2, 7
+
+
+def grid() -> list[tuple[str, torch.dtype, int, int, range]]:
+    """op, dtype, d, k that --tune measures, and the k that the measurement speaks for."""
+    every = {1: range(1, backends.MAX_K + 1)}
+    spans = {op: TUNED_K if entry.takes_k else every for op, entry in OPS.items()}
+    return [(op, dtype, d, k, spans[op][k]) for op in OPS for dtype, d, k in itertools.product(backends._FLOATS, TUNED_D, spans[op])]
 
 
 def measure(op: str, dtype: torch.dtype, d: int, k: int, rivals: list[str]) -> dict[str, list[float]]:
@@ -252,12 +373,12 @@ def measure(op: str, dtype: torch.dtype, d: int, k: int, rivals: list[str]) -> d
 def tune(card: str, rivals: list[str]) -> list[backends.Route]:
     """A row for the faster rival at every op, dtype, d and k of the grid, but none where one of them raises."""
     routes = []
-    for op, dtype, d, k in itertools.product(OPS, backends._FLOATS, TUNED_D, TUNED_K):
+    for op, dtype, d, k, span in grid():
         try:
             median = {name: statistics.median(times) for name, times in measure(op, dtype, d, k, rivals).items()}
             fast, slow = sorted(median, key=median.get)
             reason = f"measured on {card}: {fast} {median[fast] / median[slow]:.2f} of {slow}'s time, median of {ROUNDS}"
-            routes.append(backends.Route(range(1000), op, (dtype,), TUNED_D[d], TUNED_K[k], fast, reason, card))
+            routes.append(backends.Route(range(1000), op, (dtype,), TUNED_D[d], span, fast, reason, card))
         except Exception as error:  # such as too little memory: the other cells can do without this one
             reason = f"{type(error).__name__}: {error}"
         print(f"{op} {dtype} d={d} k={k}: {reason}", flush=True)
@@ -302,7 +423,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.json.write_text(json.dumps(json.loads(report, parse_constant=str), indent=1) + "\n")  # JSON has no infinity
     if args.tune and not missed:
         routes = tune(card, [name for name, _ in running])
-        missed = len(OPS) * len(backends._FLOATS) * len(TUNED_D) * len(TUNED_K) - len(routes)
+        missed = len(grid()) - len(routes)
         backends.write_routes(path, [*routes, *others])
         print(f"{len(routes)} rows for {card} in {path}")
     return 1 if missed else 0

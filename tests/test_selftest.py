@@ -46,6 +46,12 @@ def no_gpu(monkeypatch):
 # ---- the table
 
 
+OUTPUTS = {
+    "knn": {"sqdist", "set", "order"}, "knn_kde_grad": {"sqdist", "set", "order", "log_density", "score", "truncation"},
+    "p_sel": {"p"}, "score_select": {"index", "log_normalizer"}, "posterior_mean": {"mean"},
+}  # fmt: skip
+
+
 def test_this_machine(tmp_path, capsys):
     assert selftest.main(["--json", str(tmp_path / "report.json")]) == 0
     printed = capsys.readouterr().out
@@ -59,7 +65,7 @@ def test_this_machine(tmp_path, capsys):
             assert [row["dtype"] for row in rows] == dtypes
             for row in rows:
                 assert row["verdict"] == "ok" and row["cases"] >= 15
-                assert {"sqdist", "set", "order", "bits"} <= set(row["worst"])
+                assert {"bits", *OUTPUTS[op]} <= set(row["worst"])
                 assert re.search(rf"^{name} +{device} +{op} +{row['dtype']} .* ok$", printed, re.MULTILINE)
     assert {name for name, _ in running} | {place.split(" on ")[0] for place in missing} == set(backends.BACKENDS)
     assert report["not tested"] == missing
@@ -72,13 +78,20 @@ def test_every_op_is_in_the_table():
     assert set(selftest.OPS) == {backends._PUBLIC_NAMES[schema.split("(")[0]] for schema in backends.SCHEMAS}
 
 
+LEFT_OUT = "NaN and inf", selftest._searches  # the selections keep theirs
+
+
 @pytest.fixture
 def few_cases(monkeypatch):
     """Three cases and one dtype, for what does not depend on them."""
-    names = ["gaussian d=33 k=1", "lattice", "leave one out"]
+    names = {"gaussian d=33 k=1", "lattice", "leave one out", "ragged", "log_prior", "NaN and inf"}
     monkeypatch.setattr(backends, "_FLOATS", (torch.float32,))
+
+    def few(cases):
+        return lambda dtype: {name: case for name, case in cases(dtype).items() if name in names and (name, cases) != LEFT_OUT}
+
     for op, entry in selftest.OPS.items():
-        monkeypatch.setitem(selftest.OPS, op, entry._replace(cases=lambda dtype: {name: selftest._searches(dtype)[name] for name in names}))
+        monkeypatch.setitem(selftest.OPS, op, entry._replace(cases=few(entry.cases)))
 
 
 def perturb(monkeypatch, op, change):
@@ -141,10 +154,56 @@ def test_a_wrong_answer_is_a_miss(change, output, few_cases, monkeypatch, capsys
     perturb(monkeypatch, "knn_kde", change)
     assert selftest.main(["--backend", CPU, "--json", str(tmp_path / "report.json")]) == 1
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert {row["op"] for row in rows if row["verdict"] == "ok"} == {"knn"}
+    assert {row["op"] for row in rows if row["verdict"] == "ok"} == set(selftest.OPS) - {"knn_kde_grad"}
     assert {row["op"] for row in rows if row["verdict"] != "ok"} == {"knn_kde_grad"}
     assert all(f"{output} in " in row["verdict"] for row in rows if row["verdict"] != "ok")
-    assert re.search(rf"^{CPU} .* knn_kde_grad float32 .* MISS: .*{output} in ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(rf"^{CPU} .* knn_kde_grad +float32 .* MISS: .*{output} in ", capsys.readouterr().out, re.MULTILINE)
+
+
+def scaled_p(answer, _):
+    answer[0] *= 1.003
+    return answer
+
+
+def wrong_normaliser(answer, _):
+    answer[1] += 2e-3
+    return answer
+
+
+def another_sample(answer, arguments):
+    answer[0][:1] = (answer[0][:1] + 1) % len(arguments[1])
+    return answer
+
+
+def no_refusal(answer, _):
+    answer[0].clamp_(min=0)
+    return answer
+
+
+@pytest.mark.parametrize(
+    "op, change, output",
+    [
+        ("psel", scaled_p, "p"), ("psel", from_another_call, "bits"), ("psel_sample", wrong_normaliser, "log_normalizer"),
+        ("psel_sample", another_sample, "index"), ("psel_sample", no_refusal, "index"),
+    ],  # fmt: skip
+)
+def test_a_wrong_selection_is_a_miss(op, change, output, few_cases, monkeypatch):
+    perturb(monkeypatch, op, change)
+    public = backends._PUBLIC_NAMES[op]
+    assert f"{output} in " in selftest.test(CPU, "cpu", public, torch.float32)["verdict"]
+    assert selftest.test(CPU, "cpu", "knn", torch.float32)["verdict"] == "ok"
+
+
+def test_a_wrong_mean_is_a_miss(few_cases, monkeypatch):
+    implementation = backends.implementation
+
+    def shifted(name, backend):
+        run = implementation(name, backend)
+        return (lambda *arguments: run(*arguments) + 2e-3) if name == "psel_mix" else run
+
+    monkeypatch.setattr(backends, "implementation", shifted)
+    assert "mean in " in selftest.test(CPU, "cpu", "posterior_mean", torch.float32)["verdict"]
+    assert selftest.test(CPU, "cpu", "p_sel", torch.float32)["verdict"] == "ok"
 
 
 def test_a_nearer_point_left_out_is_a_miss(few_cases, monkeypatch):
@@ -193,7 +252,8 @@ def test_an_op_that_raises_hides_no_other_row(few_cases, monkeypatch, capsys):
     assert selftest.main(["--backend", CPU]) == 1
     printed = capsys.readouterr().out
     assert re.search(r" knn +float32 .*MISS: gaussian d=33 k=1: RuntimeError: CUDA error: an illegal memory access$", printed, re.MULTILINE)
-    assert re.search(r" knn_kde_grad float32 .*ok$", printed, re.MULTILINE) and "2 of 4 rows are ok" in printed
+    assert re.search(r" knn_kde_grad +float32 .*ok$", printed, re.MULTILINE)
+    assert f"{2 * len(selftest.OPS) - 2} of {2 * len(selftest.OPS)} rows are ok" in printed
 
 
 @pytest.mark.parametrize(
@@ -290,7 +350,7 @@ def chosen(d, k=16, op="knn", dtype=torch.float32):
 def test_tuned_routes_are_obeyed(card, routes, capsys):
     assert chosen(d=32) == "triton"  # as the unmeasured table has it
     assert selftest.main(["--tune"]) == 0
-    assert f"54 rows for NVIDIA Test 100 in {routes}" in capsys.readouterr().out
+    assert f"81 rows for NVIDIA Test 100 in {routes}" in capsys.readouterr().out
     rows = json.loads(routes.read_text())["rows"]
     assert rows[0] == {
         "device": "NVIDIA Test 100", "op": "knn", "dtypes": ["float16"], "d": [1, 64], "k": [1, 32], "backend": "cuda",
@@ -321,7 +381,7 @@ def test_tuning_replaces_the_rows_of_one_card(card, routes):
     assert chosen(d=512) == "triton" and chosen(d=32, op="knn_kde_grad") == "cuda"
     card.seconds = lambda op, dtype, d, k: {"cuda": 1.0, "triton": 2.0}
     assert selftest.main(["--tune"]) == 0
-    assert chosen(d=512) == "cuda" and len(json.loads(routes.read_text())["rows"]) == 108
+    assert chosen(d=512) == "cuda" and len(json.loads(routes.read_text())["rows"]) == 162
 
 
 def test_what_cannot_be_timed_keeps_the_unmeasured_route(card, routes, capsys):
@@ -362,7 +422,7 @@ BROKEN = {
     "a row that is none": ({"rows": [3]}, "in 3: expected dtypes as a list .*; got None"),
     "unknown backend": (ROW | {"backend": "gpu"}, "expected backend as cuda or triton; got 'gpu'"),
     "a backend for CPU tensors": (ROW | {"backend": "cpu"}, "expected backend as cuda or triton; got 'cpu'"),
-    "unknown op": (ROW | {"op": "knn_kde"}, "expected op as one of knn, knn_kde_grad; got 'knn_kde'"),
+    "unknown op": (ROW | {"op": "knn_kde"}, "expected op as one of knn, knn_kde_grad, p_sel, score_select, posterior_mean; got 'knn_kde'"),
     "unknown dtype": (ROW | {"dtypes": ["float64"]}, r"expected dtypes as a list out of float16, .*; got \['float64'\]"),
     "dtype without a list": (ROW | {"dtypes": "float32"}, "expected dtypes as a list .*; got 'float32'"),
     "empty range": (ROW | {"d": [64, 1]}, r"expected d as \[first, last\] with 1 <= first <= last; got \[64, 1\]"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ltkernels
-from ltkernels import Bank, knn, knn_bandwidth, knn_kde_grad
+from ltkernels import Bank, denoising_target, knn, knn_bandwidth, knn_kde_grad, p_sel, posterior_mean, score_select
 
 Q, X = torch.zeros(5, 3), torch.zeros(32, 3)
 BANK = Bank(X)
@@ -19,6 +19,13 @@ BANK = Bank(X)
 
 def kde(queries=Q, bank=X, k=4, **kwargs):
     return knn_kde_grad(queries, bank, k, **{"bandwidth": 1.0, **kwargs})
+
+
+LABELS, COUNTS = torch.zeros(32, dtype=torch.int64), torch.tensor([7, 3])
+
+
+def gated(gate="t2h", x=X, **kwargs):
+    return score_select(x, X, 1.0, 1.0, gate=gate, **{"labels": LABELS, "class_counts": COUNTS, **kwargs})
 
 
 WRONG = {
@@ -178,12 +185,190 @@ WRONG = {
         "knn: backend 'cuda' is not available here: it runs on CUDA tensors; got cpu",
     ),
     "triton on CPU tensors": (lambda: on("triton"), RuntimeError, "knn: backend 'triton' is not available here: .* TRITON_INTERPRET=1"),
+    # selections: samples
+    "x_t of one dimension": (lambda: p_sel(Q[0], X, 1, 1), ValueError, "p_sel: expected x_t of shape (rows, ...) .* got (3,)"),
+    "x_t without elements": (
+        lambda: p_sel(Q[:, :0], X[:, :0], 1, 1),
+        ValueError,
+        "p_sel: expected x_t .* at least one element a row; got (5, 0)",
+    ),
+    "clean without rows": (
+        lambda: score_select(Q, X[:0], 1, 1),
+        ValueError,
+        "score_select: expected clean with at least one row; got shape (0, 3)",
+    ),
+    "elements differ": (
+        lambda: posterior_mean(Q[:, :2], X, 1, 1),
+        ValueError,
+        "posterior_mean: expected x_t and clean with as many elements a row; got (5, 2) and (32, 3)",
+    ),
+    "integer x_t": (lambda: p_sel(Q.long(), X, 1, 1), TypeError, "p_sel: expected x_t in float16, .* got torch.int64"),
+    "half x_t, single clean": (
+        lambda: p_sel(Q.half(), X, 1, 1),
+        TypeError,
+        "p_sel: expected x_t and clean of one dtype; got torch.float16 and torch.float32",
+    ),
+    "half x_t, single Bank": (
+        lambda: score_select(Q.half(), BANK, 1, 1),
+        TypeError,
+        "score_select: expected .* of one dtype; got torch.float16",
+    ),
+    "x_t elsewhere": (lambda: p_sel(Q.to("meta"), X, 1, 1), ValueError, "p_sel: expected x_t and clean on one device; got meta and cpu"),
+    "a list for clean": (lambda: p_sel(Q, [[0.0]], 1, 1), TypeError, "p_sel: expected clean as a torch tensor .* got list"),
+    "x0 of another shape": (
+        lambda: denoising_target(Q, X[:4], 1, 1),
+        ValueError,
+        "denoising_target: expected x0 in the shape of x_t, (5, 3); got (4, 3)",
+    ),
+    # selections: scale and std
+    "std 0": (lambda: p_sel(Q, X, 1, 0), ValueError, "p_sel: std must be positive in torch.float32; got 0.0"),
+    "std < 0": (lambda: score_select(Q, X, 1, -0.5), ValueError, "score_select: std must be positive in torch.float32; got -0.5"),
+    "std below float32": (
+        lambda: posterior_mean(Q, X, 1, 1e-60),
+        ValueError,
+        "posterior_mean: std must be positive in torch.float32; got 1e-60",
+    ),
+    "std NaN": (lambda: p_sel(Q, X, 1, math.nan), ValueError, "p_sel: std must be finite in torch.float32; got nan"),
+    "one std 0": (
+        lambda: p_sel(Q, X, 1, torch.tensor([1.0, 1, 0, 1, 1])),
+        ValueError,
+        "p_sel: std must be positive in torch.float32; got 0.0",
+    ),
+    "scale infinite": (lambda: p_sel(Q, X, math.inf, 1), ValueError, "p_sel: scale must be finite in torch.float32; got inf"),
+    "scale above float32": (lambda: p_sel(Q, X, 1e39, 1), ValueError, "p_sel: scale must be finite in torch.float32; got 1e+39"),
+    "one scale NaN": (
+        lambda: p_sel(Q, X, torch.tensor([1.0, 1, math.nan, 1, 1]), 1),
+        ValueError,
+        "p_sel: scale must be finite in torch.float32; got nan",
+    ),
+    "scales too few": (lambda: p_sel(Q, X, torch.ones(4), 1), ValueError, "p_sel: scale must be a number, .* got shape (4,) with B=5"),
+    "std a column": (lambda: p_sel(Q, X, 1, torch.ones(5, 1)), ValueError, "p_sel: std must be a number, .* got shape (5, 1) with B=5"),
+    "std in integers": (
+        lambda: p_sel(Q, X, 1, torch.ones(5).long()),
+        TypeError,
+        "p_sel: std must be in a floating-point dtype; got torch.int64",
+    ),
+    "std a string": (lambda: p_sel(Q, X, 1, "80"), TypeError, "p_sel: expected std as a torch tensor .* got str"),
+    "std elsewhere": (
+        lambda: p_sel(Q, X, 1, torch.ones(5, device="meta")),
+        ValueError,
+        "p_sel: expected std on the device of x_t, cpu; got meta",
+    ),
+    # selections: priors
+    "priors too few": (
+        lambda: p_sel(Q, X, 1, 1, log_prior=torch.zeros(5)),
+        ValueError,
+        "p_sel: expected log_prior .* shape (32,); got (5,)",
+    ),
+    "priors in integers": (
+        lambda: p_sel(Q, X, 1, 1, log_prior=LABELS),
+        TypeError,
+        "p_sel: expected log_prior in a floating-point dtype; got torch.int64",
+    ),
+    "prior infinite": (
+        lambda: p_sel(Q, X, 1, 1, log_prior=torch.full((32,), math.inf)),
+        ValueError,
+        "p_sel: log_prior must be below infinity; got inf",
+    ),
+    "prior NaN": (
+        lambda: score_select(Q, X, 1, 1, log_prior=torch.full((32,), math.nan)),
+        ValueError,
+        "score_select: log_prior must be below infinity; got nan",
+    ),
+    "prior and weights": (
+        lambda: p_sel(Q, Bank(X, log_weight=torch.zeros(32)), 1, 1, log_prior=torch.zeros(32)),
+        ValueError,
+        "p_sel: give log_prior or a Bank with log_weight, not both",
+    ),
+    # selections: gates
+    "gate misspelt": (lambda: gated("h2h"), ValueError, "score_select: gate must be one of full, t2h, h2t; got 'h2h'"),
+    "gate without labels": (lambda: gated(labels=None), ValueError, "score_select: gate 't2h' needs labels; got None"),
+    "gate without counts": (lambda: gated("h2t", class_counts=None), ValueError, "score_select: gate 'h2t' needs class_counts; got None"),
+    "labels too few": (
+        lambda: gated(labels=LABELS[:5]),
+        ValueError,
+        "score_select: expected labels as an int64 tensor of shape (32,); got .* (5,)",
+    ),
+    "labels in float": (
+        lambda: gated(labels=LABELS.float()),
+        ValueError,
+        "score_select: expected labels as an int64 tensor .* got torch.float32",
+    ),
+    "label without a count": (lambda: gated(labels=LABELS + 2), ValueError, "score_select: labels must be in [0, 2); got 2 .. 2"),
+    "label -1": (lambda: gated(labels=LABELS - 1), ValueError, "score_select: labels must be in [0, 2); got -1 .. -1"),
+    "counts a matrix": (
+        lambda: gated(class_counts=COUNTS[None]),
+        ValueError,
+        "score_select: expected class_counts of shape (C,), .* got shape (1, 2)",
+    ),
+    "no counts": (lambda: gated(class_counts=[]), ValueError, "score_select: expected class_counts of shape (C,), .* got shape (0,)"),
+    "count < 0": (lambda: gated(class_counts=[7, -3]), ValueError, "score_select: class_counts must be >= 0; got -3"),
+    "counts a string": (lambda: gated(class_counts="7, 3"), TypeError, "score_select: expected class_counts as a torch tensor .* got str"),
+    "self_labels too few": (
+        lambda: gated(self_labels=LABELS[:5]),
+        ValueError,
+        "score_select: expected self_labels as an int64 tensor of shape (32,); got .* (5,)",
+    ),
+    "self_label without a count": (
+        lambda: gated(self_labels=LABELS + 2),
+        ValueError,
+        "score_select: self_labels must be in [0, 2); got 2 .. 2",
+    ),
+    # selections: whose row
+    "gate without self_index": (
+        lambda: gated(x=Q),
+        ValueError,
+        "score_select: self_index is required for gate 't2h' where B != K; got B=5 and K=32",
+    ),
+    "own row out of range": (
+        lambda: gated(x=Q, self_index=torch.full((5,), 32)),
+        ValueError,
+        "score_select: self_index must be in [0, 32); got 32 .. 32",
+    ),
+    "own row -1 at a gate": (
+        lambda: gated(x=Q, self_index=torch.full((5,), -1)),
+        ValueError,
+        "score_select: self_index must be in [0, 32); got -1 .. -1",
+    ),
+    "own rows in int32": (
+        lambda: score_select(Q, X, 1, 1, self_index=torch.zeros(5, dtype=torch.int32)),
+        ValueError,
+        "score_select: expected self_index as an int64 tensor of shape (5,); got torch.int32 of shape (5,)",
+    ),
+    # selections: numbers
+    "seed a float": (lambda: score_select(Q, X, 1, 1, seed=1.0), TypeError, "score_select: seed must be an int, .* got float"),
+    "seed of shape (1,)": (
+        lambda: score_select(Q, X, 1, 1, seed=torch.tensor([1])),
+        TypeError,
+        "score_select: seed must be an int, .* got torch.int64 of shape (1,)",
+    ),
+    "seed beyond 64 bits": (
+        lambda: score_select(Q, X, 1, 1, seed=2**64),
+        ValueError,
+        "score_select: seed must fit 64 bits; got 18446744073709551616",
+    ),
+    "row_offset < 0": (lambda: score_select(Q, X, 1, 1, row_offset=-1), ValueError, "score_select: row_offset must be an int >= 0; got -1"),
+    "row_offset a float": (
+        lambda: score_select(Q, X, 1, 1, row_offset=1.0),
+        ValueError,
+        "score_select: row_offset must be an int >= 0; got 1.0",
+    ),
+    "prediction misspelt": (
+        lambda: denoising_target(Q, Q, 1, 1, prediction="eps"),
+        ValueError,
+        "denoising_target: prediction must be one of epsilon, v, x0, flow; got 'eps'",
+    ),
+    "cuda on CPU samples": (
+        lambda: on("cuda", lambda: p_sel(Q, X, 1, 1)),
+        RuntimeError,
+        "p_sel: backend 'cuda' is not available here: it runs on CUDA tensors; got cpu",
+    ),
 }  # fmt: skip
 
 
-def on(name):
+def on(name, call=lambda: knn(Q, X, 3)):
     with ltkernels.backend(name):
-        return knn(Q, X, 3)
+        return call()
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -549,7 +549,8 @@ def image_presets(method: str, kind: type[ImageConfig]) -> dict[str, ImageConfig
     stated, released = (dataclasses.replace(as_in(source, kind), checkpoint_every=5000) for source in ("paper", "code"))
     readme = dataclasses.replace(stated, batch_size=128, steps=200_000)
     rows = {name: dataclasses.replace(readme, **row) for name, row in {**ROWS_001[method], **DATASETS_001}.items()}
-    return {"default": kind(), "short": kind(steps=300, samples=200, sample_steps=25), "300k": stated, "code": released, **rows}
+    short = kind(steps=800, warmup=50, ema_decay=0.98, samples=200, sample_steps=25)
+    return {"default": kind(), "short": short, "300k": stated, "code": released, **rows}
 
 
 IMAGE_CONFIGS = {"ddpm": DDPMConfig, "cbdm": CBDMConfig, "t2h": T2HConfig}

@@ -224,9 +224,9 @@ def sample_images(
     for name, value, known in (("sampler", sampler, SAMPLERS), ("variance", variance, VARIANCES), ("prediction", prediction, PREDICTIONS)):
         if value not in known:
             raise ValueError(f"sample_images: {name} must be one of {', '.join(known)}; got {value!r}")
-    times = _released_ddim_times(diffusion.steps, steps) if ddim_quirk else diffusion.times(steps)
     if ddim_quirk and sampler != "ddim":
         raise ValueError(f"sample_images: ddim_quirk is about the sampler ddim; got {sampler!r}")
+    times = _released_ddim_times(diffusion.steps, steps) if ddim_quirk else diffusion.times(steps)
     clip = (-1.0, 1.0) if clip_x0 else None
     x = x_T
     for t, s in tqdm(list(zip(times[:-1], times[1:], strict=True)), desc=progress, leave=False, disable=progress is None):

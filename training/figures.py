@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, config, data, metrics, plots, run
-from .config import CLUDIConfig, DGDConfig
+from .config import CLUDIConfig, DGDConfig, T2HConfig
 from .loop import generator, train
 from .methods.dgd import LatentDiffusion, fit_guidance, generate
 from .runfolder import SCORES
@@ -27,22 +27,30 @@ SYNTHETIC_ROWS = 1000
 
 
 def main(arguments: Sequence[str]) -> int:
-    from . import figures_cludi
+    from . import figures_cludi, figures_t2h
     from .__main__ import parse, stoppable
 
-    methods = {"dgd": (DGDConfig, config.DGD_PRESETS, dgd), "cludi": (CLUDIConfig, config.CLUDI_PRESETS, figures_cludi.figures)}
-    parser = argparse.ArgumentParser(
-        prog="python -m training figures", description="Tables and pictures of a method over several seeds.",
-        epilog="Further options are those of `python -m training METHOD`.", allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument("method", choices=list(methods))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--out", default=None, help="folder of the tables, the pictures and the runs; default: runs/figures-METHOD")
+    methods = {  # settings, presets, what makes the figures, number of seeds, what adds options of its own
+        "dgd": (DGDConfig, config.DGD_PRESETS, dgd, 5, None),
+        "cludi": (CLUDIConfig, config.CLUDI_PRESETS, figures_cludi.figures, 5, None),
+        "t2h": (T2HConfig, config.IMAGE_PRESETS["t2h"], figures_t2h.figures, 3, figures_t2h.add_options),
+    }
+    parser = argparse.ArgumentParser(prog="python -m training figures", description="Tables and pictures of a method over several seeds.")
+    commands = parser.add_subparsers(dest="method", required=True)
+    for name, (_, _, make, seeds, add_options) in methods.items():
+        text = f"Further options are those of `python -m training {name}`."
+        command = commands.add_parser(name, description=parser.description, epilog=text, allow_abbrev=False)
+        command.add_argument("--seeds", type=int, nargs="+", default=list(range(seeds)))
+        command.add_argument("--out", default=f"runs/figures-{name}", help="folder of the tables, the pictures and the runs")
+        command.set_defaults(make=make)
+        if add_options is not None:
+            add_options(command)
     options, rest = parser.parse_known_args(arguments)
-    kind, presets, make = methods[options.method]
-    settings, preset = parse(rest, f"figures {options.method}", kind, presets)
-    folder = Path(options.out or f"runs/figures-{options.method}")
-    return stoppable(lambda: print(make(settings, preset, options.seeds, folder)), "the same command")
+    given = vars(options)
+    method, seeds, folder, make = (given.pop(key) for key in ("method", "seeds", "out", "make"))
+    kind, presets, *_ = methods[method]
+    settings, preset = parse(rest, f"figures {method}", kind, presets)
+    return stoppable(lambda: print(make(settings, preset, seeds, Path(folder), **given)), "the same command")
 
 
 def dgd(settings: DGDConfig, preset: DGDConfig, seeds: Sequence[int], folder: Path) -> str:

@@ -403,6 +403,93 @@ def class_bars(
     return _save(figure, path, f"{spread}{caption}")
 
 
+def mixing_weights(path: str | Path, summary: Mapping[str, Any]) -> Path:
+    """Weights (noise levels, priors, targets) of a batch's images in the score of image number `own`, as `figures t2h` writes them."""
+    weights, own = np.array(summary["weights"]), summary["own"]
+    figure, panels = _figure(len(weights), 4.4 * len(weights) + 0.6, 3.9, sharey=True)
+    position, width = np.arange(weights.shape[2]), 0.8 / weights.shape[1]
+    for axes, t, levels in zip(panels, summary["t"], weights, strict=True):
+        for i, (beta, values) in enumerate(zip(summary["betas"], levels, strict=True)):
+            axes.bar(position - 0.4 + width * (i + 0.5), values, 0.92 * width, color=COLOURS[i], label=f"β = {beta:g}".replace("-", "−"))
+        axes.axvspan(own - 0.5, own + 0.5, color="0.93", zorder=0)
+        axes.set_xticks(position, [f"{c}\n{n}" for c, n in zip(summary["classes"], summary["counts"], strict=True)], size=8)
+        axes.set(title=f"t = {t}", xlabel="target's class; training images of it", ylim=(0, 1))
+    panels[0].set_ylabel("mean mixing weight")
+    figure.suptitle(f"Whose score an image of class {summary['classes'][own]} learns, {summary['dataset']}")
+    caption = f"one image of each class; grey: the image itself; prior q(y)^β; mean over {summary['draws']} noises"
+    return _save(figure, path, caption)
+
+
+def score_fields(path: str | Path, panels: Sequence[Mapping[str, Any]], *, columns: int) -> Path:
+    """Score fields in the plane: direction at places `at`, head's probability behind, and the height of the line where it is half.
+
+    Each panel: title, side (the frame is +-side), samples (N, 2) of which the first `head` are the head's, at (Q, 2), score (Q, 2),
+    probability (P, P) by x and y, line.
+    """
+    rows = -(-len(panels) // columns)
+    figure, drawn = _figure(len(panels), 3.6 * columns + 1.2, 3.6 * rows + 1.2, columns, sharex=True, sharey=True)
+    for axes, panel in zip(drawn, panels, strict=True):
+        side, (low, high) = panel["side"], (-panel["side"], panel["side"])
+        image = axes.imshow(
+            _numpy(panel["probability"]).T, cmap="RdBu_r", vmin=0, vmax=1, extent=(low, high, low, high), origin="lower", alpha=0.45,
+            interpolation="bilinear",
+        )  # fmt: skip
+        samples, score = _numpy(panel["samples"]), _numpy(panel["score"])
+        for colour, marker, own in ((VERMILION, "o", samples[: panel["head"]]), (BLUE, "^", samples[panel["head"] :])):
+            axes.scatter(*own[:: max(len(own) // 150, 1)].T, s=7, color=colour, marker=marker, linewidths=0)  # more would be a blot
+        unit = score / np.maximum(np.linalg.norm(score, axis=1, keepdims=True), 1e-12)
+        axes.quiver(*_numpy(panel["at"]).T, *unit.T, color="black", pivot="middle", scale=26, width=0.004, headwidth=4)
+        if abs(panel["line"]) < side:
+            axes.axhline(panel["line"], color="black", linestyle="--", linewidth=1.5, label="head and tail equally likely")
+        axes.set(title=panel["title"], xlim=(low, high), ylim=(low, high), aspect="equal")
+    figure.colorbar(image, ax=drawn, aspect=40, location="right").set_label("probability of the head")
+    figure.suptitle("Score of a toy head (orange dots, above) and tail (blue triangles, below)")
+    caption = "arrows: direction of the score of the samples; colour and dashed line: closed form; at most 300 samples drawn"
+    return _save(figure, path, caption)
+
+
+def transfer_curves(path: str | Path, summary: Mapping[str, Any]) -> Path:
+    """Transfer probability against t, a panel a gate: mean and standard deviation over batches, as `figures t2h` writes them."""
+    figure, panels = _figure(len(summary["curves"]), 4.4 * len(summary["curves"]) + 0.6, 4.0, sharey=True)
+    t, colour_of = np.array(summary["t"]), {}
+    for axes, (gate, curves) in zip(panels, summary["curves"].items(), strict=True):
+        lines = {**curves, **(summary["white"] if axes is panels[0] else {})}
+        for name, curve in lines.items():
+            white = name not in curves
+            colour = colour_of.setdefault(name.removeprefix("white noise, "), COLOURS[len(colour_of) % len(COLOURS)])
+            mean, sd = np.array(curve["mean"]), np.array(curve["sd"])
+            axes.plot(t, mean, color=colour, linestyle=":" if white else "-", linewidth=1.6, label=name)
+            if not white:
+                axes.fill_between(t, mean - sd, mean + sd, color=colour, alpha=0.25, linewidth=0)
+        axes.axvspan(0.5 * t[-1], 0.8 * t[-1], color="0.94", zorder=0)
+        axes.set(title=f"gate {gate}", xlabel="t", ylim=(0, 1.02), xlim=(0, t[-1]))
+        axes.grid(color="0.9")
+    panels[0].set_ylabel("probability of another image's target")
+    figure.suptitle(f"Transfer against diffusion time, {summary['dataset']}, batches: {summary['batch_resample']}")
+    caption = (
+        f"band: standard deviation over batches; dotted: points N(0, .25 I) in {summary['white_dimension']} dimensions; "
+        "grey: where the paper's CIFAR curve rises"
+    )
+    return _save(figure, path, caption)
+
+
+def curves(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]], *, x: str, title: str) -> Path:
+    """panels[figure][line][x] = one value a seed, or None: a panel a figure, mean and standard deviation."""
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    figure, drawn = _figure(len(panels), 4.6 * columns + 0.8, 3.4 * -(-len(panels) // columns) + 0.6, columns)
+    for axes, (name, lines) in zip(drawn, panels.items(), strict=True):
+        for i, (line, points) in enumerate(lines.items()):
+            known = {float(where): [value for value in values if value is not None] for where, values in points.items()}
+            known = {where: values for where, values in known.items() if values}
+            mean, sd = np.array([mean_sd(values) for values in known.values()]).reshape(-1, 2).T
+            axes.errorbar(list(known), mean, yerr=sd, color=COLOURS[i], marker=MARKERS[i], capsize=3, label=line)
+        axes.set(title=name.replace("_", " "), xlabel=x)
+        axes.grid(color="0.9")
+    figure.suptitle(title)
+    seeds = {len(values) for lines in panels.values() for points in lines.values() for values in points.values()}
+    return _save(figure, path, f"mean and standard deviation over {' or '.join(map(str, sorted(seeds)))} seeds")
+
+
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,29 +2,18 @@
 //
 // The loops are written with the compiler's vector types (GCC and Clang, any processor) as always-inline templates; a thin
 // wrapper with a target attribute gives each its AVX-512, AVX2+FMA or baseline body, so one binary fits every
-// machine. LTKERNELS_CPU_ISA={avx512,avx2,baseline} overrides the choice, so that tests can prove each path.
+// machine.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <string>
 #include <type_traits>
 
-#include "../common/check.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define LT_X86 1
-#else
-#define LT_X86 0
-#endif
+#include "../common/cpu_level.h"
 
 namespace ltkernels::isa {
-
-#define LT_INLINE static inline __attribute__((always_inline))
 
 template <int Bytes>
 struct FloatVector {
@@ -36,10 +25,6 @@ typedef double double8 __attribute__((vector_size(64), aligned(8), may_alias));
 
 constexpr int64_t kDepth = 128;     // longest chain of additions in a tile: bounds the error, keeps a panel slice in L1
 constexpr int kMaxTileRows = 12, kMaxTileCols = 32;
-
-// Arithmetic of differences: half types are widened first.
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // ---- filter tiles --------------------------------------------------------------------------------------------------
 
@@ -345,13 +330,6 @@ struct Baseline {
 };
 
 #if LT_X86
-#define LT_AVX2 __attribute__((target("avx2,fma")))
-#if defined(__clang__)
-#define LT_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
-#else  // GCC would vectorise plain loops with half the width
-#define LT_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")))
-#endif
-
 struct Avx2 {
   LT_ISA_BODY(Avx2, LT_AVX2, 32, 4, 3)
   LT_AVX2 static uint32_t bits(__m256 low, __m256 limit) {
@@ -393,27 +371,6 @@ struct Avx512 {
   }
 };
 #endif
-
-enum class Level { kBaseline, kAvx2, kAvx512 };
-
-inline Level level() {
-  Level best = Level::kBaseline;
-#if LT_X86
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Level::kAvx2;
-  if (best == Level::kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
-    best = Level::kAvx512;
-  }
-#endif
-  const char* wanted = std::getenv("LTKERNELS_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return best;
-  const std::string name = wanted;
-  const Level asked = name == "avx512" ? Level::kAvx512 : name == "avx2" ? Level::kAvx2 : Level::kBaseline;
-  LT_CHECK(asked != Level::kBaseline || name == "baseline", "LTKERNELS_CPU_ISA",
-           "expected avx512, avx2 or baseline; got ", name);
-  LT_CHECK(asked <= best, "LTKERNELS_CPU_ISA", "this processor has no ", name);
-  return asked;
-}
 
 template <class Isa>
 TileOps tile_ops_of() {

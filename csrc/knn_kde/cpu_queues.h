@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <vector>
 
+#include "../common/cpu_memory.h"
 #include "cpu_isa.h"
 
 namespace ltkernels {
@@ -21,14 +21,7 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-template <class T>
-struct CacheLines {  // allocator: a vector register loaded from a packed panel must not straddle two lines
-  using value_type = T;
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64})); }
-  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{64}); }
-  bool operator==(const CacheLines&) const { return true; }
-};
-using AlignedFloats = std::vector<float, CacheLines<float>>;
+using AlignedFloats = AlignedVector<float>;
 
 // A candidate: its bank row and a lower bound of (f - |q'|^2) / 2, up to the row's own margin.
 struct Candidates {

@@ -39,6 +39,25 @@ def knn_kde(monkeypatch, arch, d, k, dtype, n_queries, self_index, bound, log_we
     return lambda: backend.knn_kde(*arguments)
 
 
+def score_select(monkeypatch, arch, n_rows, n_columns, d, dtype, log_prior):
+    backend = importlib.import_module("ltkernels.triton.score_select")
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    monkeypatch.setattr(backend, "_guard", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(backend, "_multiprocessors", lambda *_: 132)
+    x, clean = meta(n_rows, d, dtype=dtype), meta(n_columns, d, dtype=dtype)
+    noisy = (x, clean, meta(n_rows), meta(n_rows), meta(n_columns) if log_prior else None)
+
+    def run():
+        backend.psel(*noisy)
+        backend.psel_sample(*noisy, meta(1, dtype=torch.int64), 2**40)
+        backend.psel_mix(meta(n_rows, n_columns), clean)
+
+    return run
+
+
 EXPECTED = {
     "knn_kde": Op(
         cuda={
@@ -65,5 +84,21 @@ EXPECTED = {
             "odd rows, everything": (39, 256, torch.bfloat16, 4000, True, True, True),
         },
         call=knn_kde,
+    ),
+    "score_select": Op(
+        cuda=dict.fromkeys(("score_kernel<", "combine_kernel<", "normalise_kernel<", "mix_kernel<"), Needs()),
+        triton={
+            "_screen<": Needs({arch: (MMA[arch], "LDGSTS") for arch in ARCHS}),
+            "_mix<": Needs({arch: (MMA[arch], "LDGSTS") for arch in ARCHS}),
+            **dict.fromkeys(("_reach", "_pack", "_score", "_combine", "_normalise"), Needs()),
+        },
+        # rows, columns, d, dtype, log_prior. Small batches have tiles of 2 rows, others of 8; small problems are not screened; sizes that
+        # 16 divides are read 16 bytes at a time
+        variants={
+            "a batch": (512, 512, 3072, torch.bfloat16, False),
+            "a batch against all": (512, 50_000, 3072, torch.float32, True),
+            "odd sizes": (5003, 5003, 13, torch.float16, False),
+        },
+        call=score_select,
     ),
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training import config
-from training.__main__ import main
+from training.__main__ import COMMANDS, main
 from training.config import DGD_PRESETS, IMAGE_CONFIGS, CLUDIConfig, DGDConfig, RunConfig
 
 TINY = "--no-progress --preset short --encoder-epochs 0 --diffusion-epochs 1 --joint-epochs 0 --sample-steps 2 --k 8".split()
@@ -115,7 +115,7 @@ def test_unknown_options_and_choices_are_refused(tmp_path, capsys, options, expe
 @pytest.mark.parametrize(
     "command, expected",
     [
-        (["dgdd"], "the command must be one of dgd, cludi, ddpm, cbdm, t2h, sample, evaluate, classifier, figures, features, fetch; got 'dgdd'"),
+        (["dgdd"], f"the command must be one of {', '.join(COMMANDS)}; got 'dgdd'"),
         (["fetch", "digits"], "fetch: can download cifar10, cifar100; got 'digits'"),
     ],
 )

@@ -1,7 +1,10 @@
 """Denoisers of images, the average of their weights, and the augmentation they are told of."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from training.augment import LABELS, ada_augment
 from training.ema import Ema
@@ -27,6 +30,62 @@ def awake(net):
 def test_the_released_size():
     net = UNet(3, 0)
     assert sum(p.numel() for p in net.parameters()) == 35_746_307  # pytorch-ddpm's 35.7 M at width 128
+
+
+def released(weights, x, index, y):
+    """pytorch-ddpm's forward pass with CBDM's label, for width 128, mult (1, 2), one block a level and attention at level 1, written out
+    over the weights in its order. index = t - 1."""
+    weights = iter(weights)
+
+    def affine(h):
+        return F.linear(h, next(weights), next(weights))
+
+    def conv(h, stride=1):
+        weight = next(weights)
+        return F.conv2d(h, weight, next(weights), stride, weight.shape[-1] // 2)
+
+    def norm(h):
+        return F.group_norm(h, 32, next(weights), next(weights))
+
+    def attend(x):
+        h = norm(x)
+        q, k, v = (conv(h).flatten(2) for _ in range(3))  # (B, C, HW)
+        h = v @ torch.softmax(q.mT @ k / math.sqrt(q.shape[1]), -1).mT
+        return x + conv(h.reshape(x.shape))
+
+    def block(x, outputs, attention):
+        h = conv(F.silu(norm(x))) + affine(F.silu(c))[:, :, None, None]
+        h = conv(F.silu(norm(h)))
+        h = h + (conv(x) if x.shape[1] != outputs else x)
+        return attend(h) if attention else h
+
+    width = 128
+    angles = index[:, None] * torch.exp(-math.log(10000) * torch.arange(0, width, 2) / width)
+    c = affine(F.silu(affine(torch.stack([angles.sin(), angles.cos()], -1).reshape(len(x), width)))) + next(weights)[y]
+    a = conv(x)
+    b = block(a, width, False)
+    d = conv(b, stride=2)
+    e = block(d, 2 * width, True)
+    h = block(block(e, 2 * width, True), 2 * width, False)
+    h = block(torch.cat([h, e], 1), 2 * width, True)
+    h = block(torch.cat([h, d], 1), 2 * width, True)
+    h = conv(F.interpolate(h, scale_factor=2))
+    h = block(torch.cat([h, b], 1), width, False)
+    h = block(torch.cat([h, a], 1), width, False)
+    h = conv(F.silu(norm(h)))
+    assert next(weights, None) is None
+    return h
+
+
+def test_it_is_the_released_function_of_the_released_weights():
+    net, (x, t, _) = UNet(3, 5, width=128, mult=(1, 2), blocks=1).eval(), inputs()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))  # the layers that begin near 0 too
+    y = torch.tensor([0, 1, 4, 2])
+    expected = released(net.parameters(), x, t - 1, y)
+    torch.testing.assert_close(net(x, t, y), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(net(x, t + 1, y), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("net", [small, lambda **o: ImageMLP(3, 8, 5, width=32, **o)])
@@ -55,7 +114,7 @@ def test_the_net_in_other_clothes():
     expected = net(x, t, y)
     other = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), t, y)
     torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-4)
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, t, y), expected, rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         half = net(x, t, y).float()
