@@ -12,10 +12,12 @@ Predicted before measuring, for two cores of an EPYC with AVX-512:
   (ddpm) and 1.8 (edm) of torch.mm, within the bound of 2.5. The broadcast form writes and reads 200 MB of differences: 100 times slower.
   set, B = 256, K = 50000, D = 3072. p_sel at 2 of torch.mm; psel_mix, a packed matrix product, at 1.2; posterior_mean at 1.6 of the two
   products. Memory of posterior_mean: 16 MB of p, 1 MB a thread, 3 MB of answers: 25 MB against the bound of 100 MB.
-Measured: MEASURED
+Measured, two cores shared with other work, so the least of 100 interleaved calls (batch) and CPU seconds (set):
+  batch. torch.mm 0.60 ms; score_select 1.8 of it (ddpm), 2.0 (ddpm, t = 1000: every sample gets its noise), 1.2 (scale 1); of which Python
+  0.1 to 0.2 ms. The broadcast form 560 ms, 500 times score_select. Less than predicted: the product does not reach the peak either.
+  set. score_select 1.1 and p_sel 1.0 of torch.mm, psel_mix 1.05, posterior_mean 1.45 of the two products, for it reads the set four times.
+  Memory of posterior_mean 22 MB beyond inputs and output, of score_select 3 MB.
 """
-
-import math
 
 import pytest
 import torch
@@ -77,7 +79,7 @@ def error(name, p: Problem, answer) -> float:
 def run(name, call, p, benchmark, rounds):
     if "product" not in name:
         benchmark.extra_info["max_error"] = worst = error(name, p, call(p))
-        assert worst < (1e-3 if name != "broadcast" else math.inf), f"{name} is off by {worst}"
+        assert worst < 1e-3, f"{name} is off by {worst}"
         benchmark.extra_info["peak_mb"] = peak_mb(lambda: call(p))
     benchmark.pedantic(call, (p,), rounds=rounds, warmup_rounds=1)
 

@@ -190,6 +190,7 @@ def psel_mean(x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: T
     for rows in _mix_chunks(len(x), len(clean)):
         p, log_normalizer[rows] = ops.psel(x[rows], clean, scale[rows], std[rows], log_prior)
         mean[rows] = ops.psel_mix(p, clean).to(x.dtype)
+        del p  # or two of them would be alive
     return mean, log_normalizer
 
 

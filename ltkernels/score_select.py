@@ -57,7 +57,7 @@ def p_sel(x_t, clean, scale, std, *, log_prior=None) -> Tensor:
 def posterior_mean(x_t, clean, scale, std, *, log_prior=None) -> Tensor:
     r"""sum_j p[i, j] clean[j] for the p of `p_sel`: the ideal denoiser of the set `clean`, like x_t in shape and dtype.   (001: Eq. 5, 6)
 
-    Arguments, errors and determinism as in `p_sel`. p is made for a few rows at a time: 16 MB beyond inputs and output, whatever B and K.
+    Arguments, errors and determinism as in `p_sel`. p is made for a few rows at a time: 16 MB, whatever B and K.
     Differentiable once in x_t, clean, scale, std and log_prior.
 
     Example:
