@@ -137,12 +137,12 @@ def psel_logits(x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior:
     Direct differences: expanding the square and dividing by 2 std^2 = 2e-4 would lose everything in float32.   (001: Eq. 5, 7, 8)
     """
     dtype = _arithmetic(x.dtype)
-    points = clean.to(dtype)
+    points = clean.double()
     logits = torch.empty(len(x), len(clean), dtype=dtype, device=x.device)
     for rows in _row_chunks(len(x), clean.numel()):
-        difference = x[rows, None].to(dtype) - scale[rows, None, None] * points
-        sqdist, wide = difference.square().sum(-1, dtype=torch.float64), std[rows, None].double()
-        logits[rows] = -(sqdist / wide / wide / 2).to(dtype)  # std^2 could underflow
+        difference = x[rows, None].double() - scale[rows, None, None].double() * points  # rounded to float32, scale * clean would show
+        wide = std[rows, None].double()
+        logits[rows] = -(difference.square().sum(-1) / wide / wide / 2).to(dtype)  # std^2 could underflow
     if log_prior is not None:
         logits = logits + log_prior
     logits = logits.masked_fill(~torch.isfinite(points).all(1), -math.inf)
@@ -161,12 +161,17 @@ def psel_sample(
     """A draw from each row's softmax (B,) by the Gumbel-max rule, -1 where no logit is finite; and the logsumexp (B,).
 
     Row i is row row_offset + i of the stream that `seed` (1,) names: a batch may be cut anywhere."""
-    logits = psel_logits(x, clean, scale, std, log_prior)
-    rows = row_offset + torch.arange(len(x), device=x.device)
-    noise = gumbel(philox(seed, rows, torch.arange(len(clean), device=x.device))).to(logits.dtype)
-    best, index = (logits + noise).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).max(1)
-    first = (logits + noise == best[:, None]).to(torch.uint8).argmax(1)  # max promises no order among equals; argmax of a 0/1 row does
-    return torch.where(best > -math.inf, first, -1).to(index.dtype), torch.logsumexp(logits, 1)
+    index, log_normalizer = torch.empty(len(x), dtype=torch.int64, device=x.device), torch.empty_like(scale)
+    columns = torch.arange(len(clean), device=x.device)
+    for rows in _row_chunks(len(x), 16 * len(clean)):  # the noise takes a dozen integers a pair
+        logits = psel_logits(x[rows], clean, scale[rows], std[rows], log_prior)
+        numbers = row_offset + torch.arange(rows.start, rows.stop, device=x.device)
+        perturbed = logits + gumbel(philox(seed, numbers, columns)).to(logits.dtype)
+        best = perturbed.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(1)
+        first = (perturbed == best[:, None]).to(torch.uint8).argmax(1)  # max promises no order among equals; argmax of a 0/1 row does
+        index[rows] = torch.where(best > -math.inf, first, -1)
+        log_normalizer[rows] = torch.logsumexp(logits, 1)
+    return index, log_normalizer
 
 
 def psel_mix(weight: Tensor, clean: Tensor) -> Tensor:
@@ -181,13 +186,14 @@ def psel_mix(weight: Tensor, clean: Tensor) -> Tensor:
 
 
 # The three that follow run on every backend: they are made of the ops psel and psel_mix, a few rows at a time.
-_MIX_CHUNK = 1 << 22  # elements of p held at a time: 16 MB in float32
+_MIX_CHUNK = 1 << 22  # elements of p, or of the answer, held at a time: 16 MB in float32
 
 
 def psel_mean(x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None) -> tuple[Tensor, Tensor]:
     """sum_j p_ij clean_j (B, D) in the dtype of x, and the logsumexp (B,)."""
     ops, mean, log_normalizer = torch.ops.ltkernels, torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(scale)
-    for rows in _mix_chunks(len(x), len(clean)):
+    clean = clean.contiguous()  # once, not in every chunk
+    for rows in _mix_chunks(x, clean):
         p, log_normalizer[rows] = ops.psel(x[rows], clean, scale[rows], std[rows], log_prior)
         mean[rows] = ops.psel_mix(p, clean).to(x.dtype)
         del p  # or two of them would be alive
@@ -198,65 +204,81 @@ def psel_backward(
     grad: Tensor, p: Tensor, x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, clean, scale, std, log_prior for grad (B, K) of p; an empty tensor for what is not needed."""
-    return _gradients([(slice(0, len(x)), p * (grad - (p * grad).sum(1, keepdim=True)))], x, clean, scale, std, needed, None)
+    part = slice(0, len(x)), p * (grad - _row_sums(p * grad))
+    return _gradients([part], x, clean, scale, std, needed, *_centred(clean), None)
 
 
 def psel_mean_backward(
     grad: Tensor, x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same for grad (B, D) of the posterior mean m: dl_ij = p_ij (clean_j - m_i) . grad_i, and m . grad is sum_j p_j clean_j . grad."""
-    ops, wide = torch.ops.ltkernels, grad.to(scale.dtype)
-    shares = torch.zeros_like(clean, dtype=scale.dtype)  # of clean by way of the sum itself: p^T grad
-    points = _finite(clean).T.contiguous()
+    """The same for grad (B, D) of the posterior mean m: dl_ij = p_ij (clean_j - m_i) . grad_i, and m . grad is sum_j p_j clean_j . grad.
+    Memory: twice the size of clean, three times where clean needs a gradient."""
+    ops, wide, clean = torch.ops.ltkernels, grad.to(scale.dtype), clean.contiguous()
+    shares = torch.zeros_like(clean, dtype=scale.dtype) if needed[1] else None  # of clean by way of the sum itself: p^T grad
+    points, centre = _centred(clean)
+    transposed = points.T.contiguous()
 
     def logits():
-        for rows in _mix_chunks(len(x), len(clean)):
+        for rows in _mix_chunks(x, clean):
             p, _ = ops.psel(x[rows], clean, scale[rows], std[rows], log_prior)
-            if needed[1]:
+            if shares is not None:
                 shares.add_(ops.psel_mix(p.T.contiguous(), wide[rows]))
-            along = ops.psel_mix(wide[rows], points)
-            yield rows, p * (along - (p * along).sum(1, keepdim=True))
+            along = torch.where(p == 0, 0, ops.psel_mix(wide[rows], transposed))
+            yield rows, p * (along - _row_sums(p * along))
 
-    return _gradients(logits(), x, clean, scale, std, needed, shares)
+    return _gradients(logits(), x, clean, scale, std, needed, points, centre, shares)
 
 
-def _gradients(parts, x, clean, scale, std, needed, shares):
-    """From (rows, dl (rows, K)): sum_j dl_ij = 0, so what is constant over j is left out."""
+def _gradients(parts, x, clean, scale, std, needed, points, centre, shares):
+    """From (rows, dl (rows, K)): sum_j dl_ij = 0, so what is constant over j is left out; and x and clean are taken from a centre of clean,
+    or the squares would cancel where that is far from the origin."""
     dtype, mix = scale.dtype, torch.ops.ltkernels.psel_mix
-    points = _finite(clean)
     likes = zip((x, clean, scale, std), needed[:4], strict=True)
     grads = [torch.zeros(like.shape if need else 0, dtype=dtype, device=x.device) for like, need in likes]
     prior = torch.zeros(len(clean) if needed[4] else 0, dtype=dtype, device=x.device)
     for rows, dl in parts:
-        s, variance, wide = scale[rows, None], std[rows, None].square(), x[rows].to(dtype)
+        s, h = scale[rows, None], std[rows, None]
+        wide = x[rows].to(dtype) - s * centre
         if needed[0]:  # -(x - s c) / std^2, whose x drops out
-            grads[0][rows] = mix(dl, points) * s / variance
+            grads[0][rows] = mix(dl, points) * s / h / h  # std^2 could underflow
         if needed[1]:  # s (x - s c) / std^2
-            factor = dl * s / variance
+            factor = dl * s / h / h
             grads[1].add_(mix(factor.T.contiguous(), wide) - (factor * s).sum(0)[:, None] * points)
         if needed[2] or needed[3]:
             cross = mix(wide, points.T.contiguous())  # x . c
             norms = points.square().sum(1)
-        if needed[2]:  # c . (x - s c) / std^2
-            grads[2][rows] = (dl * (cross - s * norms)).sum(1) / variance[:, 0]
+        if needed[2]:  # c . (x - s c) / std^2, c here with its centre
+            shift = mix(centre[None], points.T.contiguous())
+            grads[2][rows] = _row_sums(torch.where(dl == 0, 0, dl * (cross - s * norms - s * shift)))[:, 0] / std[rows] / std[rows]
         if needed[3]:  # |x - s c|^2 / std^3, whose |x|^2 drops out
-            grads[3][rows] = (dl * (s.square() * norms - 2 * s * cross)).sum(1) / std[rows].pow(3)
+            terms = torch.where(dl == 0, 0, dl * (s.square() * norms - 2 * s * cross))
+            grads[3][rows] = _row_sums(terms)[:, 0] / std[rows] / std[rows] / std[rows]
         if needed[4]:
             prior.add_(dl.sum(0))
-    if needed[1] and shares is not None:
+    if shares is not None:
         grads[1].add_(shares)
     return grads[0].to(x.dtype), grads[1].to(clean.dtype), grads[2], grads[3], prior
 
 
-def _finite(clean: Tensor) -> Tensor:
-    """`clean` in the dtype of the answers, rows with NaN or inf as zeros: their probability is 0, and so is all that they pass on."""
+def _row_sums(values: Tensor) -> Tensor:
+    """(rows, 1), with the same bits for any number of threads, which torch's sum over one long row has not."""
+    return torch.ops.ltkernels.psel_mix(values, values.new_ones(values.shape[1], 1))
+
+
+def _centred(clean: Tensor) -> tuple[Tensor, Tensor]:
+    """(clean - centre, centre (D,)) in the dtype of the answers. Rows with NaN or inf are zeros: their probability is 0, and so is all that
+    they pass on. The centre is a median, as in `prepare`: one row far away must not move it."""
     wide = clean.to(_arithmetic(clean.dtype))
-    return wide.masked_fill(~torch.isfinite(wide).all(1, keepdim=True), 0)
+    finite = torch.isfinite(wide).all(1)
+    sample = wide[:: max(1, len(wide) // 1024)]
+    sample = sample[torch.isfinite(sample).all(1)]
+    centre = sample.median(0).values if len(sample) else wide.new_zeros(wide.shape[1])
+    return torch.where(finite[:, None], wide - centre, 0), centre
 
 
-def _mix_chunks(rows: int, columns: int):
-    step = max(1, _MIX_CHUNK // max(1, columns))
-    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+def _mix_chunks(x: Tensor, clean: Tensor):
+    step = max(1, _MIX_CHUNK // max(1, *clean.shape))
+    return (slice(i, min(i + step, len(x))) for i in range(0, len(x), step))
 
 
 def philox(seed: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ def p_sel(x_t, clean, scale, std, *, log_prior=None) -> Tensor:
         or inf answers NaN, and so does one without any finite logit.
 
     Differentiable once in x_t, clean, scale, std and log_prior. Extra memory O(B K), never B x K x D. Deterministic: the same bits in every
-    run on a backend and machine, for any number of threads; a row's bits do not depend on the rest of the batch.
+    run on a backend and machine, for any number of threads; a row's bits do not depend on the rest of the batch. (Where a 0-dim scale or
+    std needs a gradient, torch sums it over the rows.) Under torch.compile, values are not checked.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device, scale, std or log_prior. RuntimeError: no backend for the device.
@@ -65,9 +66,10 @@ def posterior_mean(x_t, clean, scale, std, *, log_prior=None) -> Tensor:
         >>> denoised = posterior_mean(x0 + 2 * torch.randn_like(x0), x0, 1.0, 2.0)
     """
     op, kind = "posterior_mean", _arrays.in_kind(x_t)
+    given = _arrays.tensor(op, "x_t", x_t).dtype
     x, points, scale, std, log_prior = _checked(op, x_t, clean, scale, std, log_prior)
     mean, _ = torch.ops.ltkernels.psel_mean(x.flatten(1), points.flatten(1), scale, std, log_prior)
-    return kind(mean.reshape(x.shape))
+    return kind(mean.reshape(x.shape).to(given))
 
 
 def score_select(
@@ -111,8 +113,8 @@ def score_select(
     x, points, scale, std, log_prior = _checked(op, x_t, clean, scale, std, log_prior)
     own = _own_rows(op, self_index, len(x), len(points), x.device, gate)
     counts = None if gate == "full" else _gate_counts(op, gate, labels, class_counts, self_labels, own, len(points), x.device)
-    if isinstance(row_offset, bool) or not isinstance(row_offset, (Integral, torch.SymInt)) or row_offset < 0:
-        raise ValueError(f"{op}: row_offset must be an int >= 0; got {row_offset!r}")
+    if isinstance(row_offset, bool) or not isinstance(row_offset, (Integral, torch.SymInt)) or not 0 <= row_offset < 2**63:
+        raise ValueError(f"{op}: row_offset must be an int in [0, 2^63); got {row_offset!r}")
     with torch.no_grad():
         index, log_normalizer = torch.ops.ltkernels.psel_sample(
             x.flatten(1), points.flatten(1), scale, std, log_prior, _seed(op, seed, x.device), row_offset
@@ -141,20 +143,23 @@ def denoising_target(x_t, x0, scale, std, *, prediction: str = "epsilon") -> Ten
     if prediction not in _PREDICTIONS:
         raise ValueError(f"{op}: prediction must be one of {', '.join(_PREDICTIONS)}; got {prediction!r}")
     kind = _arrays.in_kind(x_t)
-    x, clean, scale, std, _ = _checked(op, x_t, x0, scale, std, None)
+    x, clean = _samples(op, "x_t", x_t), _samples(op, "x0", x0)
+    if clean.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+        clean = clean.to(x.dtype)
+    x, clean, scale, std, _ = _checked(op, x, clean, scale, std, None, "x0")
     if clean.shape != x.shape:
         raise ValueError(f"{op}: expected x0 in the shape of x_t, {tuple(x.shape)}; got {tuple(clean.shape)}")
     wide, clean = x.to(scale.dtype), clean.to(scale.dtype)
     scale, std = (value.reshape(-1, *[1] * (x.dim() - 1)) for value in (scale, std))
     if prediction == "x0":
-        target = clean
+        target = clean.clone()  # nobody's own memory
     else:
         noise = (wide - scale * clean) / std
         target = {"epsilon": lambda: noise, "v": lambda: scale * noise - std * clean, "flow": lambda: noise - clean}[prediction]()
     return kind(target.to(x.dtype))
 
 
-def _checked(op: str, x_t, clean, scale, std, log_prior) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def _checked(op: str, x_t, clean, scale, std, log_prior, name: str = "clean") -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """x_t and clean as they came but of one dtype; scale, std (B,) and log_prior (K,) in the dtype of the answers."""
     x = _samples(op, "x_t", x_t)
     if isinstance(clean, Bank):
@@ -163,16 +168,16 @@ def _checked(op: str, x_t, clean, scale, std, log_prior) -> tuple[Tensor, Tensor
                 raise ValueError(f"{op}: give log_prior or a Bank with log_weight, not both")
             log_prior = clean.log_weight
         clean = clean.points
-    clean = _samples(op, "clean", clean)
+    clean = _samples(op, name, clean)
     if len(clean) == 0 and op != "denoising_target":
         raise ValueError(f"{op}: expected clean with at least one row; got shape {tuple(clean.shape)}")
     if math.prod(x.shape[1:]) != math.prod(clean.shape[1:]):
-        raise ValueError(f"{op}: expected x_t and clean with as many elements a row; got {tuple(x.shape)} and {tuple(clean.shape)}")
+        raise ValueError(f"{op}: expected x_t and {name} with as many elements a row; got {tuple(x.shape)} and {tuple(clean.shape)}")
     if x.device != clean.device:
-        raise ValueError(f"{op}: expected x_t and clean on one device; got {x.device} and {clean.device}")
+        raise ValueError(f"{op}: expected x_t and {name} on one device; got {x.device} and {clean.device}")
     if x.dtype != clean.dtype:
         if not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"{op}: expected x_t and clean of one dtype; got {x.dtype} and {clean.dtype}")
+            raise TypeError(f"{op}: expected x_t and {name} of one dtype; got {x.dtype} and {clean.dtype}")
         x = x.to(clean.dtype)  # clean may be a whole data set: autocast must not copy it
     dtype = _answer_dtype(x)
     scale, std = _coefficient(op, "scale", scale, x, dtype), _coefficient(op, "std", std, x, dtype)
@@ -196,13 +201,12 @@ def _refuse_tangent(op: str, value: Tensor) -> None:
 
 def _coefficient(op: str, name: str, value, x: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(value, Real) and not isinstance(value, bool):  # the loops of training and sampling: no tensor has to be read back
-        value = float(value)
         limits = torch.finfo(dtype)
         if not abs(value) <= limits.max:
             raise ValueError(f"{op}: {name} must be finite in {dtype}; got {value}")
         if name == "std" and not value >= limits.tiny:
             raise ValueError(f"{op}: std must be positive in {dtype}; got {value}")
-        return torch.full((len(x),), value, dtype=dtype, device=x.device)
+        return torch.full((len(x),), float(value), dtype=dtype, device=x.device)
     value = _arrays.tensor(op, name, value)
     if value.dim() > 1 or value.dim() == 1 and len(value) != len(x):
         raise ValueError(f"{op}: {name} must be a number, a 0-dim tensor or (B,); got shape {tuple(value.shape)} with B={len(x)}")
@@ -214,7 +218,7 @@ def _coefficient(op: str, name: str, value, x: Tensor, dtype: torch.dtype) -> Te
     value = value.to(device=x.device, dtype=dtype)
     if not torch.compiler.is_compiling() and not bool(torch.isfinite(value).all()):
         raise ValueError(f"{op}: {name} must be finite in {dtype}; got {value.detach()[~torch.isfinite(value)].flatten()[0].item()}")
-    if name == "std" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
+    if name == "std" and not torch.compiler.is_compiling() and not bool((value >= torch.finfo(dtype).tiny).all()):
         raise ValueError(f"{op}: std must be positive in {dtype}; got {value.detach().min().item()}")
     return value.expand(len(x)).contiguous()
 
@@ -228,9 +232,10 @@ def _log_prior(op: str, log_prior, clean: Tensor, dtype: torch.dtype) -> Tensor:
     if log_prior.device != clean.device:
         raise ValueError(f"{op}: expected log_prior on the device of clean, {clean.device}; got {log_prior.device}")
     _refuse_tangent(op, log_prior)
-    if not torch.compiler.is_compiling() and not bool((log_prior < math.inf).all()):
-        raise ValueError(f"{op}: log_prior must be below infinity; got {log_prior.detach()[~(log_prior < math.inf)][0].item()}")
-    return log_prior.to(dtype).contiguous()
+    cast = log_prior.to(dtype)
+    if not torch.compiler.is_compiling() and not bool((cast < math.inf).all()):
+        raise ValueError(f"{op}: log_prior must be below infinity in {dtype}; got {log_prior.detach()[~(cast < math.inf)][0].item()}")
+    return cast.contiguous()
 
 
 def _integers(op: str, name: str, value, length: int, device: torch.device, low: int, high: int) -> Tensor:
@@ -248,7 +253,9 @@ def _own_rows(op: str, self_index, rows: int, k: int, device: torch.device, gate
     if self_index is None or self_index is True:
         if rows == k:
             return torch.arange(rows, device=device)
-        if self_index is None and gate == "full":
+        if self_index is True:
+            raise ValueError(f"{op}: self_index=True needs as many noisy as clean rows; got B={rows} and K={k}")
+        if gate == "full":
             return torch.full((rows,), -1, device=device)
         raise ValueError(f"{op}: self_index is required for gate {gate!r} where B != K; got B={rows} and K={k}")
     return _integers(op, "self_index", self_index, rows, device, -1 if gate == "full" else 0, k)

@@ -244,12 +244,13 @@ def philox_words(key, counter):
     return a, b, c, d
 
 
-@pytest.mark.parametrize("name", ["flat", "peaked", "weighted"])
+@pytest.mark.parametrize("name", ["flat", "even", "peaked", "low noise", "weighted"])
 def test_frequencies(name, backend, device):
     """40000 draws: every count within four standard deviations, and a chi-square test at 1e-3."""
     g = torch.Generator().manual_seed(5)
     x, clean = torch.randn(1, 2, generator=g), torch.randn(12, 2, generator=g)
-    std, log_prior = {"flat": (20.0, None), "peaked": (0.7, None), "weighted": (1.5, torch.linspace(-2, 1, 12).to(device))}[name]
+    stds = {"flat": 20.0, "even": 3.0, "peaked": 0.7, "low noise": 0.4, "weighted": 1.5}
+    std, log_prior = stds[name], torch.linspace(-2, 1, 12).to(device) if name == "weighted" else None
     n = 40_000
     p = p_sel(*to(device, x, clean), 1.0, std, log_prior=log_prior)[0].cpu().double()
     drawn = score_select(x.expand(n, 2).to(device), clean.to(device), 1.0, std, log_prior=log_prior, seed=2024).index.cpu()
@@ -483,7 +484,7 @@ def test_autocast_does_not_copy_clean(backend, device, monkeypatch):
     monkeypatch.setattr(ltkernels.backends, "implementation", watched)
     with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(p_sel(half, clean, scale, std), expected[0])
-        assert torch.equal(posterior_mean(half, clean, scale, std), expected[1])
+        assert torch.equal(posterior_mean(half, clean, scale, std), expected[1].to(half.dtype))  # like x_t
         assert torch.equal(score_select(half, clean, scale, std, seed=0).index, chosen.index)
     assert len(seen) >= 4 and all(points.data_ptr() == clean.data_ptr() for points in seen)
 
@@ -559,3 +560,55 @@ def test_every_instruction_set_of_this_processor(isa):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", cases]
     run = subprocess.run(command, env={**os.environ, "LTKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
+
+
+# ---- far from the origin -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [30.0, 1000.0])
+def test_gradients_far_from_the_origin(offset, backend, device):
+    """The squares of the derivatives in scale and std must not be expanded about the origin."""
+    g = torch.Generator().manual_seed(0)
+    clean = torch.randn(32, 64, generator=g) + offset
+    scale, std = torch.full((32,), 0.75), torch.full((32,), 4.0)
+    x = (scale[:, None] * clean + 4 * torch.randn(32, 64, generator=g)).float()
+    pull = torch.randn(32, 64, generator=g)
+    for op, weight in ((p_sel, pull[:, :32]), (posterior_mean, pull)):
+        given = [t.detach().clone().to(device).requires_grad_() for t in (x, clean, scale, std)]
+        (op(*given) * weight.to(device)).sum().backward()
+        exact = [t.detach().double().requires_grad_() for t in (x, clean, scale, std)]
+        logits = -(exact[0][:, None] - exact[2][:, None, None] * exact[1]).square().sum(-1) / (2 * exact[3][:, None] ** 2)
+        p = logits.softmax(1)
+        ((p if op is p_sel else p @ (exact[1] - offset)) * weight.double()).sum().backward()
+        for name, mine, true in zip(("x", "clean", "scale", "std"), given, exact, strict=True):
+            error = (mine.grad.cpu().double() - true.grad).norm() / true.grad.norm()
+            assert error < 1e-4, (op.__name__, name, error)
+
+
+def test_one_row_far_away_spoils_no_gradient(backend, device):
+    x, clean, scale, std = noisy(8, 5, copies=2)
+    clean[3] = 3e18
+    given = [t.detach().clone().to(device).requires_grad_() for t in (x, clean, scale, std)]
+    posterior_mean(*given).sum().backward()
+    assert all(torch.isfinite(t.grad).all() for t in given)
+
+
+@pytest.mark.parametrize("offset", [10.0, 1000.0])
+def test_log_normalizer_far_from_the_origin(offset, backend, device):
+    """scale * clean, rounded by itself, would be off by more than the noise allows."""
+    g = torch.Generator().manual_seed(0)
+    clean = torch.randn(3, 3072, generator=g) + offset
+    scale, std = 0.9999**0.5, 0.01
+    x = (torch.tensor(scale) * clean.double() + std * torch.randn(3, 3072, generator=g).double()).float()
+    found = score_select(x.to(device), clean.to(device), scale, std, seed=0).log_normalizer.cpu().double()
+    s, h = (torch.tensor(value).double() for value in (scale, std))  # as float32 has them
+    true = torch.logsumexp(-(x.double()[:, None] - s * clean.double()).square().sum(-1) / (2 * h**2), 1)
+    assert (found - true).abs().max() < 1e-3
+
+
+def test_std_beyond_all_logits(backend, device):
+    """Logits beyond float32 are no logits: every row keeps its own."""
+    x, clean = torch.randn(4, 3, device=device), torch.randn(4, 3, device=device)
+    chosen = score_select(x, clean, 1.0, 1e-25, seed=0)
+    assert chosen.log_normalizer.isneginf().all() and not chosen.moved.any()
+    assert p_sel(x, clean, 1.0, 1e-25).isnan().all()

@@ -221,7 +221,7 @@ WRONG = {
         "denoising_target: expected x0 in the shape of x_t, (5, 3); got (4, 3)",
     ),
     # selections: scale and std
-    "std 0": (lambda: p_sel(Q, X, 1, 0), ValueError, "p_sel: std must be positive in torch.float32; got 0.0"),
+    "std 0": (lambda: p_sel(Q, X, 1, 0), ValueError, "p_sel: std must be positive in torch.float32; got 0"),
     "std < 0": (lambda: score_select(Q, X, 1, -0.5), ValueError, "score_select: std must be positive in torch.float32; got -0.5"),
     "std below float32": (
         lambda: posterior_mean(Q, X, 1, 1e-60),
@@ -268,12 +268,12 @@ WRONG = {
     "prior infinite": (
         lambda: p_sel(Q, X, 1, 1, log_prior=torch.full((32,), math.inf)),
         ValueError,
-        "p_sel: log_prior must be below infinity; got inf",
+        "p_sel: log_prior must be below infinity in torch.float32; got inf",
     ),
     "prior NaN": (
         lambda: score_select(Q, X, 1, 1, log_prior=torch.full((32,), math.nan)),
         ValueError,
-        "score_select: log_prior must be below infinity; got nan",
+        "score_select: log_prior must be below infinity in torch.float32; got nan",
     ),
     "prior and weights": (
         lambda: p_sel(Q, Bank(X, log_weight=torch.zeros(32)), 1, 1, log_prior=torch.zeros(32)),
@@ -347,11 +347,13 @@ WRONG = {
         ValueError,
         "score_select: seed must fit 64 bits; got 18446744073709551616",
     ),
-    "row_offset < 0": (lambda: score_select(Q, X, 1, 1, row_offset=-1), ValueError, "score_select: row_offset must be an int >= 0; got -1"),
+    "row_offset < 0": (
+        lambda: score_select(Q, X, 1, 1, row_offset=-1), ValueError, "score_select: row_offset must be an int in [0, 2^63); got -1"
+    ),
     "row_offset a float": (
         lambda: score_select(Q, X, 1, 1, row_offset=1.0),
         ValueError,
-        "score_select: row_offset must be an int >= 0; got 1.0",
+        "score_select: row_offset must be an int in [0, 2^63); got 1.0",
     ),
     "prediction misspelt": (
         lambda: denoising_target(Q, Q, 1, 1, prediction="eps"),

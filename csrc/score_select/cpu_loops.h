@@ -50,7 +50,14 @@ LT_INLINE void square_tile(const W* const* x, const W* const* clean, const W* sc
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
       for (int c = 0; c < kTileCols; ++c) {
-        const V t = Unit ? row[r] - column[c] : row[r] - s[r] * column[c];
+        V t;
+        if constexpr (!Unit && std::is_same_v<W, float> && Bytes == 16) {  // without FMA: the product must not be rounded on its own
+          typedef double Wider __attribute__((vector_size(2 * Bytes)));
+          const Wider exact = __builtin_convertvector(row[r], Wider) - __builtin_convertvector(s[r], Wider) * __builtin_convertvector(column[c], Wider);
+          t = __builtin_convertvector(exact, V);
+        } else {
+          t = Unit ? row[r] - column[c] : row[r] - s[r] * column[c];
+        }
         acc[r][c] += t * t;
       }
     }
@@ -120,7 +127,7 @@ LT_INLINE double make_logits(const double* sqdist, const W* prior, int64_t count
   const double factor = 0.5 / std / std;  // of a float: never 0 or infinite
   for (int64_t j = 0; j < count; ++j) {
     const double value = std::is_same_v<W, float> ? sqdist[j] * factor : 0.5 * (sqdist[j] / std / std);
-    logit[j] = sqdist[j] <= DBL_MAX ? -value : kNone;
+    logit[j] = sqdist[j] <= DBL_MAX && value <= std::numeric_limits<W>::max() ? -value : kNone;
   }
   if (prior != nullptr) {
     for (int64_t j = 0; j < count; ++j) logit[j] += prior[j];
