@@ -4,10 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
-#if !defined(__CUDACC__) && !defined(__host__)  // neither nvcc nor the host harness: plain C++
+#ifndef LT_PHILOX  // kernels define it with the attributes of device code
 #define LT_PHILOX inline
-#else
-#define LT_PHILOX __host__ __device__ inline
 #endif
 
 namespace ltkernels {

@@ -13,8 +13,10 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../common/philox.h"
 #include "../simt/simt.h"
+
+#define LT_PHILOX __host__ __device__ inline
+#include "../common/philox.h"
 
 namespace ltkernels::score_select {
 
