@@ -11,11 +11,11 @@ Predicted by counting instructions, for two cores of an EPYC with AVX-512:
   With a scale of 1 the first is a subtraction, which has pipes of its own: near 1. Checks in Python 0.2 ms: within the bound of 2.5.
   set, B = 256, K = 50000, D = 3072. psel_mix, a packed matrix product, below 2 of torch.mm. Memory of posterior_mean: 16 MB of p, 1 MB a
   thread, 3 MB of answers: 25 MB against the bound of 100 MB.
-Measured, two cores shared with other work, so the least of 100 interleaved calls (batch) and CPU seconds (set):
-  batch. torch.mm 0.60 ms; score_select 1.8 of it (ddpm), 2.0 (ddpm, t = 1000: every sample gets its noise), 1.2 (scale 1); of which Python
-  0.1 to 0.2 ms. The broadcast form 560 ms, 500 times score_select.
-  set. score_select 1.1 and p_sel 1.0 of torch.mm, psel_mix 1.05, posterior_mean 1.45 of the two products, for it reads the set four times.
-  Memory of posterior_mean 22 MB beyond inputs (36 MB before it let go of one block of p in time), of score_select 3 MB.
+Measured, two idle cores (AVX-512), one run, medians:
+  batch. torch.mm 0.57 ms; score_select 1.91 of it (ddpm), 1.67 (edm, std .01), 1.33 (edm, std 80). The broadcast form 118, 130, 169 times
+  score_select. Less than predicted: the product does not reach the peak either.
+  set. score_select 1.11 and p_sel .98 of torch.mm, posterior_mean 1.41 of the two products, for it reads the set four times.
+  Memory beyond the inputs: posterior_mean 36 MB, score_select 4 MB.
 """
 
 import pytest

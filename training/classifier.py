@@ -18,6 +18,7 @@ from tqdm import tqdm
 from . import checkpoint, data
 from .config import short_name
 from .loop import batch_rows, generator
+from .runfolder import check_device
 from .views import augment_images
 
 SEED, STEPS, EPOCHS, BATCH_SIZE, LR = 0, 600, 15, 128, 2e-3  # STEPS: at least, for small sets
@@ -101,6 +102,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--no-progress", action="store_true")
     options = parser.parse_args(arguments)
+    check_device("classifier", options.device)
     dataset = data.balanced_reference(options.dataset, root=options.root, image_size=options.image_size)
     if dataset.images is None:
         raise ValueError(f"classifier: expected a data set of images; {options.dataset} holds features")

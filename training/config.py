@@ -268,6 +268,9 @@ class ImageConfig(RunConfig):
     class_order: str | None = ours(None, tables=(TABLE5_ORDER,))
     """classes from head to tail: numbers with commas, reversed, or seed:N; default: as numbered (Table 5 has another one)"""
 
+    image_size: int = ours(32, ge=1)  # side of the images of a folder, of TinyImageNet and of ImageNet-LT
+    holdout: float = ours(0.0, ge=0, lt=1)  # share of every class that is kept from training
+
     # Diffusion.
     timesteps: int = paper(1000, ge=1)  # T
     beta_start: float = paper(1e-4, gt=0, lt=1)
@@ -310,7 +313,7 @@ class ImageConfig(RunConfig):
     clip_x0: bool = ours(True, code=False)  # predicted images stay in [-1, 1]; the released clip has no effect
     variance: Literal["fixedlarge", "fixedsmall"] = code("fixedlarge")  # of the sampler ddpm
     ddim_quirk: bool = ours(False, code=True)  # the released DDIM's steps, whose last one does nothing
-    sample_batch: int = runtime(500, ge=1)  # images sampled at a time
+    sample_batch: int = ours(500, ge=1)  # images sampled at a time, from one stream of noise
 
     # Evaluation of the samples.
     evaluate: bool = runtime(True)  # python -m training evaluate RUN does it later
@@ -379,6 +382,11 @@ class T2HConfig(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.uncond_transfer_mode != "same" and not self.conditional:
+            raise ValueError("config: uncond_transfer_mode is about dropped labels; a run without labels takes --transfer-mode")
+        if self.transfer_beta is not None and self.uncond_transfer_mode not in ("same", "none"):
+            expected = "transfer_beta replaces every gate, so uncond_transfer_mode must be same or none"
+            raise ValueError(f"config: {expected}; got {self.uncond_transfer_mode}")
         if self.reference == "bank" and self.augment != "none":
             raise ValueError(f"config: reference bank holds images as they are, so it needs augment none; got {self.augment}")
 

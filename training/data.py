@@ -276,6 +276,9 @@ def load(
     else:
         raise ValueError(f"dataset: expected one of {', '.join(NAMES)}; got {name!r}")
 
+    if order is not None and (indices is not None or kind == base):
+        expected = "class_order is of the long tails that are made here: of names with -lt, without indices"
+        raise ValueError(f"dataset {name}: {expected}; got {order!r}")
     if indices is not None:
         rows = read_indices(indices, len(labels))
     elif kind != base:

@@ -190,7 +190,8 @@ def guided_output(net: Net, x: Tensor, t: Tensor, labels: Tensor | None, guidanc
     conditional = net(x, t, labels)
     if labels is None or guidance == 0:
         return conditional
-    return (1 + guidance) * conditional - guidance * net(x, t, torch.full_like(labels, -1))
+    other = net(x, t, torch.full_like(labels, -1)).to(x.dtype)  # under autocast they are halves, whose difference is what counts
+    return (1 + guidance) * conditional.to(x.dtype) - guidance * other
 
 
 @torch.no_grad()

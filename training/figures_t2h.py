@@ -38,12 +38,13 @@ SIGMAS = (1.0, 2.0, 3.0)  # Fig. 4
 SETS = {"long-tailed": (10_000, 100), "balanced": (10_000, 10_000)}  # head and tail samples of Fig. 4
 WHITE = (3072, 0.5)  # dimension and standard deviation of Fig. 7's reference curve: CIFAR's size and about its spread
 
+GATED = {"batch_resample": "balanced", "transfer_beta": None, "transfer_cut_time": None, "transfer_estimator": "sample"}
 METHODS = {  # row of Table 1: method, what makes it that row
     "F": ("ddpm", {"batch_resample": "none"}),
     "G": ("ddpm", {"batch_resample": "balanced"}),
-    "H": ("t2h", {"batch_resample": "balanced", "transfer_mode": "h2t"}),
-    "I": ("t2h", {"batch_resample": "balanced", "transfer_mode": "full"}),
-    "J": ("t2h", {"batch_resample": "balanced", "transfer_mode": "t2h"}),
+    "H": ("t2h", {**GATED, "transfer_mode": "h2t"}),
+    "I": ("t2h", {**GATED, "transfer_mode": "full"}),
+    "J": ("t2h", {**GATED, "transfer_mode": "t2h"}),
     "CBDM": ("cbdm", {"batch_resample": "none"}),
 }
 NAMES = {
@@ -286,7 +287,7 @@ def job(name: str, settings: T2HConfig, preset: T2HConfig, folder: Path, seed: i
     method, own = METHODS[name]
     out = folder / f"{name}-{seed}{suffix}"
     here = {"seed": seed, "out": str(out), "resume": (out / "config.json").exists(), "overwrite": False, "evaluate": True}
-    one = configured(method, settings, **own, **changes, **here)
+    one = configured(method, settings, **{**own, **changes}, **here)
     finished = out / "metrics.json"
     if not finished.exists():
         return run_images.images(method, one, configured(method, preset))

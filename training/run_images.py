@@ -21,7 +21,7 @@ from .methods.cbdm import Balance
 from .methods.ddpm import Denoise
 from .methods.t2h import Calibrate
 from .networks import build_denoiser
-from .runfolder import open_folder
+from .runfolder import check_device, open_folder
 
 STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate}
 CONFIGS = config.IMAGE_CONFIGS
@@ -81,8 +81,7 @@ def load(method: str, settings: ImageConfig) -> data.Dataset:
         raise ValueError(f"{method}: expected a data set of images; {settings.dataset} holds features")
     if settings.holdout:
         dataset, _ = data.train_holdout_split(dataset, settings.holdout, settings.seed)
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{method}: device cuda needs a GPU and a torch built for it; found none, use --device cpu")
+    check_device(method, settings.device)
     if settings.batch_size % ranks.size():
         raise ValueError(f"{method}: batch_size must be a multiple of the {ranks.size()} ranks; got {settings.batch_size}")
     return dataset
@@ -128,15 +127,18 @@ def sample_labels(count: int, num_classes: int, kind: str, seed: int) -> Tensor:
 
 
 def draw_samples(
-    net: nn.Module, settings: ImageConfig, shape: tuple[int, ...], num_classes: int, labels: Tensor | None = None, key: str = "sample"
-) -> tuple[Tensor, Tensor]:
-    """(images (N, C, H, W) uint8, labels (N,), -1 of an unconditional network). Image i is a function of weights, seed, i and label."""
+    net: nn.Module, settings: ImageConfig, shape: tuple[int, ...], num_classes: int, labels: Tensor | None = None, key: str = "sample",
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(images (N, C, H, W) uint8, labels (N,), -1 of an unconditional network), `sample_batch` at a time. Image i is a function of weights,
+    seed, sample_batch, i and its label; with the sampler ddpm also of how many images its batch has."""
+    seed = settings.seed if seed is None else seed
     if labels is None:
-        labels = sample_labels(settings.samples, num_classes, settings.sample_labels, settings.seed)
+        labels = sample_labels(settings.samples, num_classes, settings.sample_labels, seed)
     diffusion, out = Diffusion(settings.timesteps, settings.beta_start, settings.beta_end), []
     net.eval()
     for number, part in enumerate(labels.split(settings.sample_batch)):
-        rng = generator(settings.seed, key, number, device=settings.device)
+        rng = generator(seed, key, number, device=settings.device)
         x_T = torch.randn(settings.sample_batch, *shape, generator=rng, device=settings.device)[: len(part)]
         with torch.autocast(x_T.device.type, torch.bfloat16, enabled=settings.amp == "bf16"):
             x = sample_images(
@@ -177,23 +179,31 @@ def draw(folder: Path, report: dict) -> None:
 # ---- python -m training sample ---------------------------------------------------------------------------------------
 
 
-def sample_run(run: Path, out: Path, raw_weights: bool = False, **changes) -> tuple[Tensor, Tensor]:
-    """Samples from the newest checkpoint of `run`, with settings changed: samples.npy, sample_labels.npy and samples.png in `out`."""
+def sample_run(run: Path, out: Path, raw_weights: bool = False, seed: int | None = None, **changes) -> tuple[Tensor, Tensor]:
+    """Samples from the newest checkpoint of `run`, with settings changed: samples.npy, sample_labels.npy and samples.png in `out`.
+
+    seed: of the noise; the run's own also chose the training set, so config.json in `out` keeps it.
+    """
+    if out.resolve() == run.resolve():
+        raise ValueError(f"sample: --out must be another folder than the run's, whose own samples its metrics.json describes; got {out}")
     stored = run / "config.json"
     if not stored.is_file():
         raise FileNotFoundError(f"sample: expected a run folder; there is no {stored}")
     about = json.loads(stored.read_text())
     if about.get("method") not in CONFIGS:
         raise ValueError(f"sample: expected a run of {', '.join(CONFIGS)}; {run} is one of {about.get('method')}")
+    if changes.get("sampler") == "ddpm":
+        changes = {"ddim_quirk": False, **changes}
     settings = dataclasses.replace(config.read(stored, CONFIGS[about["method"]]), **changes)
+    check_device("sample", settings.device)
     shape, num_classes = tuple(about["data"]["shape"]), len(about["data"]["counts"])
     modules, kind = build_modules(settings, shape, num_classes), "net" if raw_weights else "ema"
     load_weights(run, {kind: modules[kind]})
-    samples, labels = draw_samples(modules[kind], settings, shape, num_classes)
+    samples, labels = draw_samples(modules[kind], settings, shape, num_classes, seed=seed)
     write_samples(out, samples, labels)
     plots.tiles(out / "samples.png", samples[some_of_each(labels)])
-    if out.resolve() != run.resolve():  # what `evaluate` has to know
-        checkpoint.write_json(out / "config.json", {**about, "settings": config.resolved(settings, settings)})
+    drawn = {"weights": kind, "seed": settings.seed if seed is None else seed}
+    checkpoint.write_json(out / "config.json", {**about, "settings": config.resolved(settings, settings), "drawn": drawn})  # for `evaluate`
     return samples, labels
 
 
@@ -205,7 +215,9 @@ def sample_main(arguments: list[str]) -> int:
     parser.add_argument("--sampler", choices=("ddim", "ddpm"))
     parser.add_argument("--steps", type=int, dest="sample_steps")
     parser.add_argument("--labels", choices=("equal", "uniform"), dest="sample_labels", help="as many of each class, or drawn")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--ddim-quirk", action=argparse.BooleanOptionalAction, help="the released DDIM's steps")
+    parser.add_argument("--clip-x0", action=argparse.BooleanOptionalAction, help="keep predicted images in [-1, 1]")
+    parser.add_argument("--seed", type=int, help="of the noise")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--raw-weights", action="store_true", help="the network's own weights instead of their average")
     parser.add_argument("--out", type=Path, help="folder for samples.npy, sample_labels.npy, samples.png; default: RUN/samples")

@@ -47,8 +47,12 @@ def check_clusters(method: str, settings: RunConfig, dataset: data.Dataset, leas
     clusters = settings.clusters or dataset.num_classes
     if not least <= clusters <= len(dataset):
         raise ValueError(f"{method}: clusters must be in [{least}, N]; got {clusters} with N={len(dataset)}")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{method}: device cuda needs a GPU and a torch built for it; found none, use --device cpu")
+    check_device(method, settings.device)
+
+
+def check_device(command: str, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{command}: device cuda needs a GPU and a torch built for it; found none, use --device cpu")
 
 
 def open_folder(method: str, settings: RunConfig, preset: RunConfig, dataset: data.Dataset) -> Path:

@@ -1,46 +1,17 @@
 // knn and knn_kde for CUDA tensors: checks, allocation, launch, registration. The kernels are in knn_kde.cuh.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include <optional>
 #include <tuple>
 
-#include "../common/check.h"
+#include "../common/cuda_tensor.h"
 #include "knn_kde.cuh"
 
 namespace ltkernels {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-template <class T>
-const T* read(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-const T* read(const OptionalTensor& t) {
-  return t ? read<T>(*t) : nullptr;
-}
-template <class T>
-T* write(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-void check_cuda(const char* op, const Tensor& queries, std::initializer_list<const Tensor*> others) {
-  for (const Tensor* t : others) {
-    LT_CHECK(!t || (t->is_cuda() && t->get_device_index() == queries.get_device_index()), op,
-             "all tensors must be on one CUDA device");
-  }
-}
-
-const Tensor* pointer(const OptionalTensor& t) { return t ? &*t : nullptr; }
-
 template <class T>
 void launch(knn_kde::Problem<T> p, const Tensor& queries, const Tensor& points) {
   const torch::stable::accelerator::DeviceGuard guard(queries.get_device_index());
-  void* stream = nullptr;  // by the older of two ways: Stream::nativeHandle would ask for torch 2.13
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(queries.get_device_index(), &stream));
   p.queries = read<T>(queries);
   p.points = read<T>(points);
   int multiprocessors = 0;
@@ -50,7 +21,7 @@ void launch(knn_kde::Problem<T> p, const Tensor& queries, const Tensor& points) 
   // The allocator hands this memory to later work of the same stream only, so it may be freed before the kernels have
   // run.
   const Tensor scratch = torch::stable::new_empty(queries, {plan.carve(nullptr, p.d, w)}, ScalarType::Byte);
-  STD_CUDA_CHECK(knn_kde::run(p, plan, write<char>(scratch), static_cast<cudaStream_t>(stream)));
+  STD_CUDA_CHECK(knn_kde::run(p, plan, write<char>(scratch), stream_of(queries)));
 }
 
 struct Density {

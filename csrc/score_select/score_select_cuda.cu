@@ -1,44 +1,18 @@
 // psel, psel_sample and psel_mix for CUDA tensors: checks, allocation, launch, registration. The kernels are in score_select.cuh.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include <optional>
 #include <tuple>
 
-#include "../common/check.h"
+#include "../common/cuda_tensor.h"
 #include "score_select.cuh"
 
 namespace ltkernels {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-template <class T>
-const T* read(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-T* write(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-void check_cuda(const char* op, const Tensor& first, std::initializer_list<const Tensor*> others) {
-  for (const Tensor* t : others) {
-    LT_CHECK(t->is_cuda() && t->get_device_index() == first.get_device_index(), op, "all tensors must be on one CUDA device");
-  }
-}
-
 // Blocks are numbered in 32 bits, and so are the columns; the softmax has a block a row.
 void check_size(const char* op, int64_t rows, int64_t columns, int64_t row_tiles, int64_t column_tiles) {
   LT_CHECK(std::max(rows, columns) <= INT32_MAX && row_tiles <= INT32_MAX / std::max<int64_t>(1, column_tiles), op,
            "the problem is too large for one launch on cuda; split the rows");
-}
-
-cudaStream_t stream_of(const Tensor& t) {
-  void* stream = nullptr;  // by the older of two ways: Stream::nativeHandle would ask for torch 2.13
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 // call(T*) for the type of the tensors.
@@ -61,12 +35,11 @@ struct Outputs {
 Tensor select(const char* op, const Tensor& x, const Tensor& clean, const Tensor& scale, const Tensor& std,
               const OptionalTensor& log_prior, const Outputs& out) {
   const int64_t rows = x.size(0), columns = clean.size(0), d = clean.size(1);
-  check_cuda(op, x, {&clean, &scale, &std});
+  check_cuda(op, x, {&x, &clean, &scale, &std, pointer(log_prior)});
   check_matrix(op, "x", x, rows, d, clean.scalar_type());
   check_matrix(op, "clean", clean, columns, d, clean.scalar_type());
   check_vector(op, "scale", scale, rows, ScalarType::Float);
   check_vector(op, "std", std, rows, ScalarType::Float);
-  if (log_prior) check_cuda(op, x, {&*log_prior});
   if (log_prior) check_vector(op, "log_prior", *log_prior, columns, ScalarType::Float);
   LT_CHECK(columns >= 1, op, "clean must have at least one row");
   const score_select::Tiling tiling = score_select::make_tiling(rows, columns);
@@ -81,7 +54,7 @@ Tensor select(const char* op, const Tensor& x, const Tensor& clean, const Tensor
     problem.clean = read<T>(clean);
     problem.scale = read<float>(scale);
     problem.std = read<float>(std);
-    problem.log_prior = log_prior ? read<float>(*log_prior) : nullptr;
+    problem.log_prior = read<float>(log_prior);
     problem.rows = rows;
     problem.columns = columns;
     problem.d = d;

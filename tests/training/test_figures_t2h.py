@@ -332,3 +332,13 @@ def test_wrong_calls(tmp_path, capsys, words, message):
     except SystemExit as stop:  # argparse's own
         code = stop.code
     assert code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_rows_of_the_table_are_what_their_names_say():
+    """Whatever variant the command line asks for elsewhere."""
+    settings = T2HConfig(transfer_beta=1.0, transfer_cut_time=300, transfer_estimator="mean")
+    for name, mode in (("H", "h2t"), ("I", "full"), ("J", "t2h")):
+        method, own = figures_t2h.METHODS[name]
+        row = figures_t2h.configured(method, settings, **own)
+        assert (row.transfer_mode, row.transfer_beta, row.transfer_cut_time, row.transfer_estimator) == (mode, None, None, "sample")
+        assert row.batch_resample == "balanced"

@@ -60,6 +60,8 @@ class T2H:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"T2H: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        if self.beta is not None and self.uncond_mode not in ("same", "none"):
+            raise ValueError(f"T2H: beta replaces every gate, so uncond_mode must be same or none; got {self.uncond_mode!r}")
 
     def target(self, x_t: Tensor, x0: Tensor, y: Tensor, scale, std, prediction: str = "epsilon", **options) -> Tensor:
         """What a network that sees x_t (B, ...) should answer; options as for `transfer`. Takes no gradient."""
