@@ -7,6 +7,7 @@ from ._library import build_info
 from .backends import backend
 from .bank import Bank
 from .knn_kde import KDE, Neighbors, knn, knn_bandwidth, knn_kde_grad
+from .pairwise_pcl import pairwise_sqdist, pcl_loss
 from .score_select import ScoreSelection, denoising_target, p_sel, posterior_mean, score_select
 
 try:
@@ -20,5 +21,5 @@ if (_checkout / "csrc").is_dir():
 
 __all__ = [
     "KDE", "Bank", "Neighbors", "ScoreSelection", "backend", "build_info", "denoising_target", "knn", "knn_bandwidth", "knn_kde_grad",
-    "p_sel", "posterior_mean", "score_select",
+    "p_sel", "pairwise_sqdist", "pcl_loss", "posterior_mean", "score_select",
 ]  # fmt: skip

@@ -22,6 +22,10 @@ from . import _library, reference
 
 _PREPARED = "Tensor queries, Tensor points, Tensor centre, Tensor centred, Tensor sqnorm, Tensor? self_index, Tensor? bound, int k"
 _NOISY = "Tensor x, Tensor clean, Tensor scale, Tensor std, Tensor? log_prior"
+_LABELLED = (
+    "Tensor mu, Tensor labels, Tensor? group, Tensor weight, Tensor? margin, Tensor? other, Tensor? other_labels, Tensor? other_group,"
+    " int form, float scale, bool grad, bool other_grad"
+)
 SCHEMAS = (  # with a C++ counterpart; the reason why no schema stands in C++ is that a build without a compiler needs them too
     f"knn({_PREPARED}) -> (Tensor sqdist, Tensor index)",
     f"knn_kde({_PREPARED}, Tensor bandwidth, Tensor? log_weight)"
@@ -29,6 +33,8 @@ SCHEMAS = (  # with a C++ counterpart; the reason why no schema stands in C++ is
     f"psel({_NOISY}) -> (Tensor p, Tensor log_normalizer)",
     f"psel_sample({_NOISY}, Tensor seed, int row_offset) -> (Tensor index, Tensor log_normalizer)",
     "psel_mix(Tensor weight, Tensor clean) -> Tensor",
+    "pair_sqdist(Tensor x, Tensor y) -> Tensor",
+    f"pcl_rows({_LABELLED}) -> (Tensor row, Tensor pairs, Tensor active, Tensor mu_grad, Tensor partner_grad)",
 )
 TORCH_SCHEMAS = (  # torch ops on every backend: preparation and the bilinear pieces of the derivatives
     "bank_prepare(Tensor points) -> (Tensor centre, Tensor centred, Tensor sqnorm)",
@@ -39,10 +45,14 @@ TORCH_SCHEMAS = (  # torch ops on every backend: preparation and the bilinear pi
     "psel_backward(Tensor grad, Tensor p, Tensor x, Tensor clean, Tensor scale, Tensor std, bool[] needed)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"psel_mean_backward(Tensor grad, {_NOISY}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "pair_sqdist_backward(Tensor grad, Tensor x, Tensor y, bool[] needed) -> (Tensor, Tensor)",
+    f"pcl({_LABELLED}) -> (Tensor total, Tensor pairs, Tensor row, Tensor active, Tensor mu_grad, Tensor partner_grad)",
+    "pcl_scaled(Tensor grad, Tensor factor, Tensor source) -> Tensor",
 )
 
 _PUBLIC_NAMES = {  # what errors and routes call an op of SCHEMAS
     "knn": "knn", "knn_kde": "knn_kde_grad", "psel": "p_sel", "psel_sample": "score_select", "psel_mix": "posterior_mean",
+    "pair_sqdist": "pairwise_sqdist", "pcl_rows": "pcl_loss",
 }  # fmt: skip
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 MAX_K, MAX_D = 256, 4096  # cuda and triton keep a query's k best in registers and shared memory
@@ -299,8 +309,13 @@ _REFERENCE = {
     "psel": reference.psel,
     "psel_sample": reference.psel_sample,
     "psel_mix": reference.psel_mix,
+    "pair_sqdist": reference.pair_sqdist,
+    "pcl_rows": reference.pcl_rows,
 }
-_STEMS = {"knn": "knn_kde", "knn_kde": "knn_kde", "psel": "score_select", "psel_sample": "score_select", "psel_mix": "score_select"}
+_STEMS = {
+    "knn": "knn_kde", "knn_kde": "knn_kde", "psel": "score_select", "psel_sample": "score_select", "psel_mix": "score_select",
+    "pair_sqdist": "pairwise_pcl", "pcl_rows": "pairwise_pcl",
+}  # fmt: skip
 
 
 def _routed_search(op: str):
@@ -321,9 +336,28 @@ def _routed_selection(op: str):
     return kernel
 
 
-for _op in _PUBLIC_NAMES:
+def _routed_sqdist(x, y):
+    run = implementation("pair_sqdist", choose("pairwise_sqdist", x, len(y), 1))
+    return run(x.contiguous(), y.contiguous())
+
+
+def _routed_rows(mu, labels, group, weight, margin, other, *rest):
+    run = implementation("pcl_rows", choose("pcl_loss", mu, len(mu if other is None else other), 1))
+    return run(mu.contiguous(), labels, group, weight, margin, None if other is None else other.contiguous(), *rest)
+
+
+_ROUTED = {
+    "knn": _routed_search("knn"),
+    "knn_kde": _routed_search("knn_kde"),
+    "psel": _routed_selection("psel"),
+    "psel_sample": _routed_selection("psel_sample"),
+    "psel_mix": _routed_selection("psel_mix"),
+    "pair_sqdist": _routed_sqdist,
+    "pcl_rows": _routed_rows,
+}
+for _op, _kernel in _ROUTED.items():
     for _key in ("CPU", "CUDA"):
-        _library_public.impl(_op, (_routed_search if _STEMS[_op] == "knn_kde" else _routed_selection)(_op), _key)
+        _library_public.impl(_op, _kernel, _key)
 for _op, _function in (
     ("bank_prepare", reference.prepare),
     ("diff_sum", reference.diff_sum),
@@ -332,5 +366,8 @@ for _op, _function in (
     ("psel_mean", reference.psel_mean),
     ("psel_backward", reference.psel_backward),
     ("psel_mean_backward", reference.psel_mean_backward),
+    ("pair_sqdist_backward", reference.pair_sqdist_backward),
+    ("pcl", reference.pcl),
+    ("pcl_scaled", reference.pcl_scaled),
 ):
     _library_public.impl(_op, _function, "CompositeExplicitAutograd")

@@ -282,6 +282,101 @@ def _mix_chunks(x: Tensor, clean: Tensor):
     return (slice(i, min(i + step, len(x))) for i in range(0, len(x), step))
 
 
+def pair_sqdist(x: Tensor, y: Tensor) -> Tensor:
+    """|x_i - y_j|^2 (B, B'), by direct differences."""
+    out = torch.empty(len(x), len(y), dtype=_arithmetic(x.dtype), device=x.device)
+    points = y.double()
+    for rows in _row_chunks(len(x), y.numel()):
+        out[rows] = (x[rows, None].double() - points).square().sum(-1).to(out.dtype)
+    return out
+
+
+def pair_sqdist_backward(grad: Tensor, x: Tensor, y: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor]:
+    """2 sum_j grad_ij (x_i - y_j), and the same for y; an empty tensor for what is not needed. On every backend."""
+
+    def along(rows: Tensor, points: Tensor, coefficient: Tensor) -> Tensor:
+        every = torch.arange(len(points), device=rows.device).expand(len(rows), -1)
+        return -2 * diff_sum(rows, points, every, coefficient)
+
+    x_grad = along(x, y, grad) if needed[0] else x.new_empty(0)
+    y_grad = along(y, x, grad.T) if needed[1] else y.new_empty(0)
+    return x_grad.to(x.dtype), y_grad.to(y.dtype)
+
+
+PCL_FORMS = ("exponential", "reciprocal", "hinge", "negative_l2")
+
+
+def pcl_rows(
+    mu: Tensor, labels: Tensor, group: Tensor | None, weight: Tensor, margin: Tensor | None,
+    other: Tensor | None, other_labels: Tensor | None, other_group: Tensor | None, form: int, scale: float, grad: bool, other_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """For rows mu (B, D), against each other or against `other` (B', D); a pair counts where labels differ and groups are equal.
+
+    row (B,) = sum_j phi(d_ij), d_ij = scale |mu_i - other_j|^2, phi the form of that number in PCL_FORMS; pairs (B,) int64, how many there
+    are; active (B,), how many of them have d < margin (hinge; else empty); and the gradients of sum_i weight_i row_i with respect to mu and
+    other, empty where not asked for. A pair with NaN or inf in one of its rows is NaN; a pair that does not count takes nothing from its
+    rows, whatever is in them.   (002: Eq. 11 to 15)
+    """
+    dtype = _arithmetic(mu.dtype)
+    among = other is None
+    points, their_labels, their_group = (mu, labels, group) if among else (other, other_labels, other_group)
+    row, active = torch.empty_like(weight), torch.empty_like(weight if margin is not None else weight[:0])
+    pairs = torch.empty(len(mu), dtype=torch.int64, device=mu.device)
+    mu_grad = torch.zeros(mu.shape if grad else 0, dtype=dtype, device=mu.device)
+    partner_grad = torch.zeros(points.shape if other_grad else 0, dtype=torch.float64, device=mu.device)
+    wide, broken = points.double(), ~torch.isfinite(points).all(1)
+    for rows in _row_chunks(len(mu), points.numel()):
+        difference = mu[rows, None].double() - wide  # (rows, B', D)
+        d = scale * difference.square().sum(-1)
+        counts = labels[rows, None] != their_labels
+        if group is not None:
+            counts &= group[rows, None] == their_group
+        nan = broken | ~torch.isfinite(mu[rows]).all(1, keepdim=True)
+        own, slope = _pcl_term(form, d, None if margin is None else margin[rows, None].double())
+        row[rows] = torch.where(counts, own.masked_fill(nan, math.nan), 0).sum(1).to(dtype)
+        pairs[rows] = counts.sum(1)
+        if margin is not None:
+            inside = (d < margin[rows, None]).double().masked_fill(nan, math.nan)
+            active[rows] = torch.where(counts, inside, 0).sum(1).to(dtype)
+        pull = weight[rows, None].double() * slope
+        if among:  # (j, i) is a pair, too
+            pull = pull + weight.double() * _pcl_term(form, d, None if margin is None else margin.double())[1]
+        pull = torch.where(counts, pull.masked_fill(nan, math.nan), 0)[..., None]
+        if grad or other_grad:
+            terms = 2 * scale * torch.where(pull == 0, 0, pull * difference)
+            if grad:
+                mu_grad[rows] = terms.sum(1).to(dtype)
+            if other_grad:
+                partner_grad -= terms.sum(0)
+    return row, pairs, active, mu_grad, partner_grad.to(dtype)
+
+
+def _pcl_term(form: int, d: Tensor, margin: Tensor | None) -> tuple[Tensor, Tensor]:
+    """phi(d) and its derivative."""
+    name = PCL_FORMS[form]
+    if name == "exponential":
+        return (-d).exp(), -(-d).exp()
+    if name == "reciprocal":
+        return 1 / (1 + d), -1 / (1 + d).square()
+    if name == "hinge":
+        return (margin - d).clamp(min=0), -(d < margin).to(d.dtype)
+    return -d, torch.full_like(d, -1)
+
+
+def pcl(
+    mu: Tensor, labels: Tensor, group: Tensor | None, weight: Tensor, *rest
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """sum_i weight_i row_i (), the number of pairs (), and what else `pcl_rows` answers. On every backend."""
+    row, pairs, active, mu_grad, partner_grad = torch.ops.ltkernels.pcl_rows(mu, labels, group, weight, *rest)
+    total = _row_sums((weight * row)[None]).reshape(()) if len(row) else row.new_zeros(())
+    return total, pairs.sum(), row, active, mu_grad, partner_grad
+
+
+def pcl_scaled(grad: Tensor, factor: Tensor, source: Tensor) -> Tensor:
+    """grad * factor (), a derivative with respect to `source`: an op of its own so that deriving it once more can be refused."""
+    return (grad * factor).to(source.dtype)
+
+
 def philox(seed: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """(rows, columns) words of Philox4x32-10 (Salmon et al., 2011) as int64: key = seed, counter = (column / 4, row low, row high, 0)."""
     word = 0xFFFFFFFF

@@ -1,0 +1,260 @@
+"""Squared distances between rows, and the contrastive loss on them that pushes the denoised means of different classes apart."""
+
+import math
+import warnings
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from . import _arrays
+from .knn_kde import _answer_dtype
+from .reference import PCL_FORMS
+from .score_select import _like_where_needed, _no_second, _refuse_tangent
+
+_DISTANCES, _REDUCTIONS = ("mean", "sum"), ("mean", "sum")
+_UNDERFLOW = 103.97  # exp(-d) is 0 in float32 beyond, and so is its derivative
+
+
+def pairwise_sqdist(x, y=None) -> Tensor:
+    r"""Squared Euclidean distances |x_i - y_j|^2.
+
+    Args:
+        x: (B, ...) in float16, bfloat16, float32 or float64; trailing dimensions are flattened; B may be 0.
+        y: (B', ...) of the same dtype, device and number of elements a row; default: x, whose distances to itself are exactly 0 and whose
+            answer is symmetric in every bit.
+
+    Returns:
+        (B, B') float32 (float64 for float64 inputs), sums of direct differences: close rows far from the origin keep their digits, relative
+        error below 1e-6. NaN and inf go through.
+
+    Differentiable once in x and y. Deterministic: the same bits in every run on a backend and machine, for any number of threads.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device. RuntimeError: no backend for the device.
+
+    Example:
+        >>> pairwise_sqdist(torch.randn(8, 3, 32, 32)).shape
+        torch.Size([8, 8])
+    """
+    op, kind = "pairwise_sqdist", _arrays.in_kind(x)
+    x = _rows(op, "x", x)
+    return kind(torch.ops.ltkernels.pair_sqdist(x, x if y is None else _partner(op, "y", y, "x", x)))
+
+
+def pcl_loss(
+    mu, labels, *, form: str = "exponential", sample_weight=1.0, margin=None, distance: str = "mean", group=None, other=None,
+    other_labels=None, other_group=None, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    r"""Probabilistic contrastive loss: sum over the ordered pairs i != j of different labels of sample_weight_i phi(d_ij).
+
+    phi(d) = exp(-d) ("exponential"), 1 / (1 + d) ("reciprocal"), max(0, margin_i - d) ("hinge"), -d ("negative_l2")
+    d_ij = mean or sum over the elements of (mu_i - mu_j)^2                                    (002: Eq. 11, 14, 15, Alg. 1)
+
+    All forms are to be minimised and push different classes apart.
+
+    Args:
+        mu: (B, ...) in float16, bfloat16, float32 or float64; trailing dimensions are flattened; B may be 0.
+        labels: (B,) int64; only pairs with different labels count.
+        form: "exponential", "reciprocal", "hinge" or "negative_l2" (unbounded below).
+        sample_weight: a number or (B,), tau(t_i) of Eq. 14.
+        margin: a number or (B,); required for "hinge", an error elsewhere.
+        distance: "mean" or "sum" over the elements. With "sum", exp(-d) is exactly 0 in float32 where d > 103.97, its gradient too: one
+            warning in a process.
+        group: (B,) int64; only pairs of equal groups count (those noised to one t).
+        other, other_labels, other_group: (B', ...), (B',), (B',): pairs are (mu_i, other_j) instead, such as the rows of all ranks, or
+            mu.detach() where gradients should reach one side only. A row of mu is no pair with itself, since its label is its own.
+        reduction: "mean" divides by the number of pairs, "sum" does not.
+
+    Returns:
+        0-dim float32 (float64 for float64 inputs). Without any pair it is 0, with a gradient of 0. A pair with NaN or inf in one of its
+        rows makes it NaN; rows in no pair may hold anything.
+
+    Differentiable once in mu, other, sample_weight and margin; the gradient in mu and other is made together with the loss and takes their
+    size, B x B is never formed. (A second backward through a retained graph makes it once more.) Deterministic: the same bits in every run
+    on a backend and machine, for any number of threads. Under torch.compile, values are not checked.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype, device, form, distance or reduction; margin missing or out of place; other_labels missing;
+        one of group and other_group missing. RuntimeError: no backend for the device.
+
+    Example:
+        >>> mu, y = torch.randn(64, 3, 32, 32, requires_grad=True), torch.randint(10, (64,))
+        >>> pcl_loss(mu, y, form="hinge", margin=2.0).backward()
+    """
+    op, kind = "pcl_loss", _arrays.in_kind(mu)
+    for name, value, known in (("form", form, PCL_FORMS), ("distance", distance, _DISTANCES), ("reduction", reduction, _REDUCTIONS)):
+        if value not in known:
+            raise ValueError(f"{op}: {name} must be one of {', '.join(known)}; got {value!r}")
+    mu = _rows(op, "mu", mu)
+    labels, group = _integers(op, "labels", labels, mu), None if group is None else _integers(op, "group", group, mu)
+    if other is None:
+        for name, value in (("other_labels", other_labels), ("other_group", other_group)):
+            if value is not None:
+                raise ValueError(f"{op}: {name} needs other; got other=None")
+    else:
+        other = _partner(op, "other", other, "mu", mu)
+        if other_labels is None:
+            raise ValueError(f"{op}: other needs other_labels; got None")
+        other_labels = _integers(op, "other_labels", other_labels, other)
+        if (group is None) != (other_group is None):
+            given, missing = ("group", "other_group") if other_group is None else ("other_group", "group")
+            raise ValueError(f"{op}: with other, {given} needs {missing}; got {missing}=None")
+        other_group = None if other_group is None else _integers(op, "other_group", other_group, other)
+    if (margin is None) == (form == "hinge"):
+        raise ValueError(f"{op}: margin is required for form 'hinge' and for no other; got margin={margin!r} with form {form!r}")
+    weight = _per_row(op, "sample_weight", sample_weight, mu)
+    margin = None if margin is None else _per_row(op, "margin", margin, mu)
+    elements = mu.shape[1]
+    if form == "exponential" and distance == "sum" and elements > _UNDERFLOW:
+        _warn_underflow(elements)
+
+    learns = lambda x: x is not None and x.requires_grad and torch.is_grad_enabled()  # noqa: E731
+    total, pairs, *_ = torch.ops.ltkernels.pcl(
+        mu, labels, group, weight, margin, other, other_labels, other_group, PCL_FORMS.index(form),
+        1 / elements if distance == "mean" else 1.0, learns(mu), learns(other),
+    )  # fmt: skip
+    return kind(total / pairs.clamp(min=1) if reduction == "mean" else total)
+
+
+_warned = False
+
+
+def _warn_underflow(elements: int) -> None:
+    global _warned
+    if not _warned and not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(
+            f"pcl_loss: with distance='sum' over {elements} elements, exp(-d) and its gradient are 0 in float32 wherever d > {_UNDERFLOW}; "
+            "distance='mean' keeps them",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _rows(op: str, name: str, value) -> Tensor:
+    """(rows, elements)"""
+    value = _arrays.tensor(op, name, value)
+    if value.dim() < 2 or math.prod(value.shape[1:]) == 0:
+        raise ValueError(f"{op}: expected {name} of shape (rows, ...) with at least one element a row; got {tuple(value.shape)}")
+    if value.dtype not in _arrays.FLOATS:
+        raise TypeError(f"{op}: expected {name} in float16, bfloat16, float32 or float64; got {value.dtype}")
+    _refuse_tangent(op, value)
+    return value.flatten(1)
+
+
+def _partner(op: str, name: str, value, first: str, x: Tensor) -> Tensor:
+    value = _rows(op, name, value)
+    if value.shape[1] != x.shape[1]:
+        raise ValueError(f"{op}: expected {first} and {name} with as many elements a row; got {x.shape[1]} and {value.shape[1]}")
+    if value.device != x.device:
+        raise ValueError(f"{op}: expected {first} and {name} on one device; got {x.device} and {value.device}")
+    if value.dtype != x.dtype:
+        raise TypeError(f"{op}: expected {first} and {name} of one dtype; got {x.dtype} and {value.dtype}")
+    return value
+
+
+def _integers(op: str, name: str, value, like: Tensor) -> Tensor:
+    value = _arrays.tensor(op, name, value)
+    if value.dtype != torch.int64 or value.shape != like.shape[:1]:
+        fact = f"{value.dtype} of shape {tuple(value.shape)}"
+        raise ValueError(f"{op}: expected {name} as an int64 tensor of shape ({len(like)},); got {fact}")
+    if value.device != like.device:
+        raise ValueError(f"{op}: expected {name} on the device of its rows, {like.device}; got {value.device}")
+    return value.contiguous()
+
+
+def _per_row(op: str, name: str, value, mu: Tensor) -> Tensor:
+    """(B,) finite, in the dtype of the answer."""
+    dtype = _answer_dtype(mu)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        if not abs(value) <= torch.finfo(dtype).max:
+            raise ValueError(f"{op}: {name} must be finite in {dtype}; got {value}")
+        return torch.full((len(mu),), float(value), dtype=dtype, device=mu.device)
+    value = _arrays.tensor(op, name, value)
+    if value.dim() > 1 or value.dim() == 1 and len(value) != len(mu):
+        raise ValueError(f"{op}: {name} must be a number, a 0-dim tensor or (B,); got shape {tuple(value.shape)} with B={len(mu)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be in a floating-point dtype; got {value.dtype}")
+    if value.dim() == 1 and value.device != mu.device:
+        raise ValueError(f"{op}: expected {name} on the device of mu, {mu.device}; got {value.device}")
+    _refuse_tangent(op, value)
+    value = value.to(device=mu.device, dtype=dtype)
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{op}: {name} must be finite in {dtype}; got {value.detach()[~torch.isfinite(value)].flatten()[0].item()}")
+    return value.expand(len(mu)).contiguous()
+
+
+@torch.library.register_fake("ltkernels::pair_sqdist")
+def _(x, y):
+    return x.new_empty((len(x), len(y)), dtype=_answer_dtype(x))
+
+
+@torch.library.register_fake("ltkernels::pair_sqdist_backward")
+def _(grad, x, y, needed):
+    return _like_where_needed((x, y), needed)
+
+
+@torch.library.register_fake("ltkernels::pcl_rows")
+def _(mu, labels, group, weight, margin, other, other_labels, other_group, form, scale, grad, other_grad):
+    partner = mu if other is None else other
+    return (
+        torch.empty_like(weight), torch.empty_like(labels), weight.new_empty(len(weight) if margin is not None else 0),
+        weight.new_empty(mu.shape if grad else 0), weight.new_empty(partner.shape if other_grad else 0),
+    )  # fmt: skip
+
+
+@torch.library.register_fake("ltkernels::pcl")
+def _(mu, labels, group, weight, margin, other, *rest):
+    row, pairs, *more = torch.ops.ltkernels.pcl_rows(mu, labels, group, weight, margin, other, *rest)
+    return row.new_empty(()), pairs.new_empty(()), row, *more
+
+
+@torch.library.register_fake("ltkernels::pcl_scaled")
+def _(grad, factor, source):
+    return torch.empty_like(grad, dtype=source.dtype)
+
+
+def _setup_sqdist(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_sqdist(ctx, grad):
+    if grad is None:
+        return None, None
+    needed = list(ctx.needs_input_grad)
+    grads = torch.ops.ltkernels.pair_sqdist_backward(grad, *ctx.saved_tensors, needed)
+    return tuple(one if need else None for one, need in zip(grads, needed, strict=True))
+
+
+def _setup_pcl(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:8], *output[2:4])
+    ctx.rest, ctx.grads = inputs[8:], output[4:]
+
+
+def _backward_pcl(ctx, factor, *_):
+    *tensors, row, active = ctx.saved_tensors
+    mu, weight, margin, other = tensors[0], tensors[3], tensors[4], tensors[5]
+    if factor is None:
+        return (None,) * 12
+    grads = ctx.grads or torch.ops.ltkernels.pcl(*tensors, *ctx.rest)[4:]
+    if torch.is_grad_enabled() or type(grads[0]) is not Tensor:  # a compiler's stand-ins for tensors
+        scaled = torch.ops.ltkernels.pcl_scaled
+    else:  # nobody else holds them, and a product of their size would double the memory
+        ctx.grads, scaled = None, lambda grad, factor, source: grad.mul_(factor).to(source.dtype)
+    need = ctx.needs_input_grad
+    return (
+        scaled(grads[0], factor, mu) if need[0] else None, None, None,
+        torch.ops.ltkernels.pcl_scaled(row, factor, weight) if need[3] else None,
+        torch.ops.ltkernels.pcl_scaled(active * weight.detach(), factor, margin) if need[4] else None,
+        scaled(grads[1], factor, other) if need[5] else None, *(None,) * 6,
+    )  # fmt: skip
+
+
+torch.library.register_autograd("ltkernels::pair_sqdist", _backward_sqdist, setup_context=_setup_sqdist)
+torch.library.register_autograd("ltkernels::pcl", _backward_pcl, setup_context=_setup_pcl)
+for _op, _name in (("pair_sqdist_backward", "pairwise_sqdist"), ("pcl_rows", "pcl_loss"), ("pcl_scaled", "pcl_loss")):
+    torch.library.register_autograd(f"ltkernels::{_op}", _no_second(_name))
