@@ -54,8 +54,8 @@ def random_batch(b: int, d: int, dtype=torch.float32, classes: int = 4):
 
 
 def clusters(b: int, d: int, spread: float, norm: float):
-    """Tight clusters far from the origin whose members have different labels, and every row's cluster: |x|^2 + |y|^2 - 2xy has no digit left
-    of the small distances."""
+    """Tight clusters far from the origin whose members have different labels, and every row's cluster: |x|^2 + |y|^2 - 2xy has no digit
+    left of the small distances."""
     g = torch.Generator().manual_seed(b)
     centres = torch.randn(5, d, generator=g, dtype=torch.float64)
     own = torch.arange(b) % 5
