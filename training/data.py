@@ -23,7 +23,8 @@ from .loop import generator
 
 CIFAR = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100)}  # name: torchvision class, number of classes
 NAMES = (
-    *(f"{name}[-lt]" for name in ("digits", "digits-train", *CIFAR, "tiny-imagenet")), "imagenet-lt", "folder[-lt]:<path>", "features[-lt]:<file.npz>",
+    *(f"{name}[-lt]" for name in ("digits", "digits-train", *CIFAR, "tiny-imagenet")),
+    "imagenet-lt", "folder[-lt]:<path>", "features[-lt]:<file.npz>",
 )  # fmt: skip
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"})
 PROFILES = ("exp", "step", "uniform")
