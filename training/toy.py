@@ -1,12 +1,13 @@
-"""What 001's p_sel comes to where it can be worked out: two images, white noise, the two Gaussians of appendix J.
+"""What the papers' toys come to where it can be worked out: 001's p_sel of two images, of white noise, of appendix J's Gaussians; 002's losses.
 
-Everything goes through the operators of `ltkernels`, in float64 where the result is exact; an expectation over one-dimensional noise is a
+Everything of 001 goes through the operators of `ltkernels`, in float64 where the result is exact; an expectation over one-dimensional noise is a
 sum over a fine grid, not over samples.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -90,3 +91,41 @@ def gaussian_samples(head: int, tail: int, rng: torch.Generator) -> Tensor:
 def sample_score(x: Tensor, samples: Tensor, sigma: float) -> Tensor:
     """Score (Q, 2) at x (Q, 2) of `samples` (N, 2) with noise sigma^2 I (Eq. 20): (posterior mean - x) / sigma^2."""
     return (ltkernels.posterior_mean(x, samples, 1.0, sigma) - x) / sigma**2
+
+
+# ---- 002, section 5.1: two Gaussians whose means are learnt ----------------------------------------------------------
+
+SHARES, MEANS, VARIANCE = (0.95, 0.05), (0.0, 2.0), 0.5  # pi, m*, sigma^2; with 1/2 the KL divergence is (m_1 - m_2)^2
+FAR = 1e4  # from there on the losses differ by less than float64 can tell
+PHI: dict[str, Callable[[Tensor, float], Tensor]] = {  # of `ltkernels.pcl_loss`, which knows sums over pairs only
+    "exponential": lambda d, margin: (-d).exp(),
+    "reciprocal": lambda d, margin: 1 / (1 + d),
+    "hinge": lambda d, margin: (margin - d).clamp(min=0),
+    "negative_l2": lambda d, margin: -d,
+}
+
+
+def overlap_loss(m1: Tensor, m2: Tensor, form: str | None = None, tau: float = 1.0, margin: float = 0.0) -> Tensor:
+    """Loss at estimated means m1, m2 (same shape): sum_c pi_c KL(N(m*_c) || N(m_c)) + tau phi(KL(N(m_1) || N(m_2))), variance sigma^2 known
+    (002: Eq. 6, 13, 15). form: of `pcl_loss`; None: without its term."""
+    kl = lambda difference: difference.square() / (2 * VARIANCE)  # noqa: E731
+    plain = sum(share * kl(m - true) for share, m, true in zip(SHARES, (m1, m2), MEANS, strict=True))
+    return plain if form is None else plain + tau * PHI[form](kl(m1 - m2), margin)
+
+
+def overlap_minimum(form: str | None = None, tau: float = 1.0, margin: float = 0.0, points: int = 81) -> tuple[float, float] | None:
+    """(m1, m2) at which `overlap_loss` is least, to 1e-6; None where it is unbounded below, or so flat that they are beyond FAR.
+
+    The least of a grid, whose box grows until it holds the least inside and then closes in on it: nothing is differentiated, and a local
+    minimum is no trap as long as the first grid sees both.
+    """
+    centre, side = torch.tensor(MEANS, dtype=torch.float64), 4.0
+    offsets = torch.cartesian_prod(*[torch.linspace(-1, 1, points, dtype=torch.float64)] * 2)
+    while side > 1e-7:
+        at = centre + side * offsets
+        best = int(overlap_loss(*at.T, form, tau, margin).argmin())
+        inside = bool((offsets[best].abs() < 1).all())
+        centre, side = at[best], side / 2 if inside else 2 * side
+        if centre.abs().max() > FAR:
+            return None
+    return tuple(centre.tolist())

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import ltkernels
-from training import checkpoint, data, evaluate, figures_t2h, run_images, toy
+from training import checkpoint, data, evaluate, figures_runs, figures_t2h, run_images, toy
 from training.__main__ import main
 from training.config import T2HConfig
 from training.loop import generator
@@ -342,6 +342,6 @@ def test_the_rows_of_the_table_are_what_their_names_say():
     settings = T2HConfig(transfer_beta=1.0, transfer_cut_time=300, transfer_estimator="mean")
     for name, mode in (("H", "h2t"), ("I", "full"), ("J", "t2h")):
         method, own = figures_t2h.METHODS[name]
-        row = figures_t2h.configured(method, settings, **own)
+        row = figures_runs.configured(method, settings, **own)
         assert (row.transfer_mode, row.transfer_beta, row.transfer_cut_time, row.transfer_estimator) == (mode, None, None, "sample")
         assert row.batch_resample == "balanced"

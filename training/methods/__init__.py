@@ -4,6 +4,7 @@ from .cbdm import CBDM
 from .cludi import CLUDI
 from .ddpm import DDPM
 from .dgd import DensityGuidance
+from .diffrop import DiffROP
 from .t2h import T2H
 
-__all__ = ["CBDM", "CLUDI", "DDPM", "DensityGuidance", "T2H"]
+__all__ = ["CBDM", "CLUDI", "DDPM", "DensityGuidance", "DiffROP", "T2H"]
