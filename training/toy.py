@@ -1,7 +1,8 @@
-"""What the papers' toys come to where it can be worked out: 001's p_sel of two images, of white noise, of appendix J's Gaussians; 002's losses.
+"""What the papers' toys come to where it can be worked out: 001's p_sel of two images, of white noise, of appendix J's Gaussians, and 002's
+losses of two means.
 
-Everything of 001 goes through the operators of `ltkernels`, in float64 where the result is exact; an expectation over one-dimensional noise is a
-sum over a fine grid, not over samples.
+001's go through the operators of `ltkernels`, in float64 where the result is exact; an expectation over one-dimensional noise is a sum over
+a fine grid, not over samples.
 """
 
 from __future__ import annotations
@@ -128,4 +129,4 @@ def overlap_minimum(form: str | None = None, tau: float = 1.0, margin: float = 0
         centre, side = at[best], side / 2 if inside else 2 * side
         if centre.abs().max() > FAR:
             return None
-    return tuple(centre.tolist())
+    return tuple(round(mean, 7) + 0.0 for mean in centre.tolist())  # and no -0
