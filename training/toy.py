@@ -104,8 +104,8 @@ def landscape(
     """(len(m1), len(m2)) float64: the loss of estimating the means of .95 N(0, sigma^2) + .05 N(2, sigma^2) as m1 and m2, of each pair.
 
     [.95 m1^2 + .05 (m2 - 2)^2] / 2 sigma^2 + tau phi(D), D = (m1 - m2)^2 / 2 sigma^2 the divergence of the two estimated parts, phi one of
-    the forms of `ltkernels.pcl_loss`; None: the first part alone. The form "hinge" with margin <= 2 / sigma^2, the true divergence, keeps the
-    optimum (0, 2) at loss 0; "negative_l2" moves it, and away to infinity for tau >= .0475; the others move it as well.
+    the forms of `ltkernels.pcl_loss`; None: the first part alone. The form "hinge" with margin <= 2 / sigma^2, the true divergence, keeps
+    the optimum (0, 2) at loss 0; "negative_l2" moves it, and away to infinity for tau >= .0475; the others move it as well.
     Example: `landscape("hinge", torch.linspace(-1, 3, 81), torch.linspace(-1, 3, 81), margin=2.0)`.
     """
     m1, m2 = m1.double(), m2.double()

@@ -99,8 +99,8 @@ def test_divergence_and_eq_11():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 def test_the_three_spaces_of_every_prediction(prediction):
-    """mu is the posterior's mean, sqrt(abar_{t-1}) beta_t / (1 - abar_t) x0 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t: so rows of one
-    x_t are as far apart in mu as in x0, times the square of the first factor."""
+    """mu is the posterior's mean, sqrt(abar_{t-1}) beta_t / (1 - abar_t) x0 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t: so rows of
+    one x_t are as far apart in mu as in x0, times the square of the first factor."""
     t = torch.tensor([1, 2, 10, 100, 500, 1000])
     x0, eps = torch.randn(2, len(t), 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     column = lambda values: values.view(-1, 1, 1, 1)  # noqa: E731
@@ -216,7 +216,8 @@ def test_a_margin_up_to_the_true_divergence_keeps_the_optimum(margin, sigma):
     grid = torch.linspace(-2, 5, 141, dtype=torch.float64)
     loss = toy.landscape("hinge", grid, grid, margin=margin, sigma=sigma)
     row, column = divmod(int(loss.argmin()), len(grid))
-    assert float(loss.min()) == pytest.approx(0, abs=1e-12) and (float(grid[row]), float(grid[column])) == pytest.approx((0, 2), abs=1e-6)
+    assert float(loss.min()) == pytest.approx(0, abs=1e-12)
+    assert (float(grid[row]), float(grid[column])) == pytest.approx((0, 2), abs=1e-6)
     assert (loss == loss.min()).sum() == 1
     assert loss[40, 40] > toy.landscape(None, grid, grid, sigma=sigma)[40, 40]  # the overlap (0, 0) is penalised
     assert toy.optimum("hinge", margin=margin, sigma=sigma) == pytest.approx((0, 2, 0), abs=1e-6)
@@ -327,7 +328,8 @@ def test_the_term_of_a_step_is_that_of_the_network_s_output(options):
     )  # fmt: skip
     total, number = naive(method, mu, batch.label, batch.t)
     assert figures["pairs"] == number > 0
-    torch.testing.assert_close(figures["loss_pcl"], (total / number if method.reduction == "mean" else total).float(), rtol=1e-4, atol=1e-6)
+    expected = total / number if method.reduction == "mean" else total
+    torch.testing.assert_close(figures["loss_pcl"], expected.float(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(loss, sum(value for name, value in figures.items() if name.startswith("loss")))
     assert {"loss_mse", "loss_pcl"} <= set(figures) and ("loss_cb" in figures) == ("base" in options)
     assert isinstance(stage, SeparateBalanced if "base" in options else Separate)
