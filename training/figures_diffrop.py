@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,16 +22,17 @@ from .figures_runs import Rows, about, panels, panels_text, run_all, write_parts
 
 PARTS = ("landscape", "table", "forms", "tau", "omega")
 
-LANDSCAPES = {  # panels of Fig. 2 and lines of its table: form, tau, margin of `toy.overlap_loss`
-    "plain": (None, 0.0, 0.0),
-    "negative L2, τ = .01": ("negative_l2", 0.01, 0.0),
-    "negative L2, τ = .02": ("negative_l2", 0.02, 0.0),
-    "negative L2, τ = .04": ("negative_l2", 0.04, 0.0),
-    "negative L2, τ = .0475": ("negative_l2", 0.0475, 0.0),
-    "hinge, τ = .2, margin 4": ("hinge", 0.2, 4.0),
-    "hinge, τ = .2, margin 8": ("hinge", 0.2, 8.0),
-    "reciprocal, τ = .2": ("reciprocal", 0.2, 0.0),
-    "exponential, τ = .2": ("exponential", 0.2, 0.0),
+SIGMA = math.sqrt(0.5)  # of Fig. 2, which does not say; with it the divergence is (m1 - m2)^2
+LANDSCAPES = {  # panels of Fig. 2 and lines of its table: form and options of `toy.landscape`
+    "plain": (None, {}),
+    "negative L2, τ = .01": ("negative_l2", {"tau": 0.01}),
+    "negative L2, τ = .02": ("negative_l2", {"tau": 0.02}),
+    "negative L2, τ = .04": ("negative_l2", {"tau": 0.04}),
+    "negative L2, τ = .0475": ("negative_l2", {"tau": 0.0475}),
+    "hinge, τ = .2, margin 4": ("hinge", {"tau": 0.2, "margin": 4.0}),
+    "hinge, τ = .2, margin 8": ("hinge", {"tau": 0.2, "margin": 8.0}),
+    "reciprocal, τ = .2": ("reciprocal", {"tau": 0.2}),
+    "exponential, τ = .2": ("exponential", {"tau": 0.2}),
 }
 DRAWN = ("plain", "negative L2, τ = .02", "negative L2, τ = .0475", "hinge, τ = .2, margin 4", "reciprocal, τ = .2", "exponential, τ = .2")
 SIDES = ((-2.5, 2.5), (-1.0, 5.0))  # of m1 and of m2
@@ -103,32 +105,25 @@ def figures(
 
 
 def landscape(folder: Path, pixels: int = 201) -> dict:
-    """Losses of two estimated means, where each is least, and how steep it is at the truth."""
-    truth = torch.tensor(toy.MEANS, dtype=torch.float64)
-    axes = [torch.linspace(*side, pixels, dtype=torch.float64) for side in SIDES]
-    grid = torch.meshgrid(*axes, indexing="ij")
+    """Losses of two estimated means, and where each is least."""
+    grid = [torch.linspace(*side, pixels, dtype=torch.float64) for side in SIDES]
     lines, shown = {}, []
-    for name, (form, tau, margin) in LANDSCAPES.items():
-        found, at = toy.overlap_minimum(form, tau, margin), truth.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(toy.overlap_loss(*at, form, tau, margin), at)
-        lines[name] = {
-            "form": form, "tau": tau, "margin": margin, "argmin": found, "slope_at_truth": slope.tolist(),
-            "distance": None if found is None else float((torch.tensor(found, dtype=torch.float64) - truth).norm()),
-        }  # fmt: skip
+    for name, (form, options) in LANDSCAPES.items():
+        unbounded = form == "negative_l2" and options["tau"] >= math.prod(toy.SHARES)  # from there on the Hessian is not definite
+        found = None if unbounded else toy.optimum(form, sigma=SIGMA, **options)[:2]
+        found = found and [round(mean, 6) + 0.0 for mean in found]  # of what the grids leave, and no -0
+        lines[name] = {"form": form, **options, "argmin": found, "distance": found and math.dist(found, toy.MEANS)}
         if name in DRAWN:
-            shown.append({"title": name, "loss": toy.overlap_loss(*grid, form, tau, margin), "argmin": found})
+            shown.append({"title": name, "loss": toy.landscape(form, *grid, sigma=SIGMA, **options), "argmin": found})
     plots.landscapes(folder / "landscape.png", shown, sides=SIDES, truth=toy.MEANS)
-    return {"shares": toy.SHARES, "truth": toy.MEANS, "variance": toy.VARIANCE, "lines": lines}
+    return {"shares": toy.SHARES, "truth": toy.MEANS, "sigma": SIGMA, "lines": lines}
 
 
 def landscape_text(summary: dict) -> str:
-    lines = heading(
-        f"two Gaussians, the truth is at {tuple(summary['truth'])}", "m1", "m2", "distance to the truth", "slope at the truth"
-    )
+    lines = heading("two Gaussians, the truth is at {:g}, {:g}".format(*summary["truth"]), "m1", "m2", "distance to the truth")
     for name, own in summary["lines"].items():
-        least = own["argmin"] or (None, None)
-        steep = float(torch.tensor(own["slope_at_truth"]).norm())
-        lines.append(row(name if own["argmin"] else f"{name}: no minimum", [[least[0]], [least[1]], [own["distance"]], [steep]]))
+        m1, m2 = own["argmin"] or (None, None)
+        lines.append(row(name if own["argmin"] else f"{name}: no minimum", [[m1], [m2], [own["distance"]]]))
     return "\n".join(lines) + "\n"
 
 
