@@ -54,9 +54,11 @@ def ada_augment(x: Tensor, rng: torch.Generator, p: float = 0.12) -> tuple[Tenso
 
 
 def diff_augment(x: Tensor, rng: torch.Generator) -> Tensor:
-    """DiffAug's three policies on every image of x (B, C, H, W), as released: colour (brightness + U(-.5, .5); saturation times U(0, 2) around
-    the mean over channels, which a single channel is; contrast times U(.5, 1.5) around the mean of the image), translation by up to an eighth
-    of the edge, and cutout of a square of half the edge around a uniform place. What moves in or is cut out is 0, medium grey.
+    """DiffAug's three policies on every image of x (B, C, H, W), as released.
+
+    Colour: brightness + U(-.5, .5), saturation times U(0, 2) around the mean over channels (which does nothing to a single one), contrast
+    times U(.5, 1.5) around the image's mean. Translation by up to an eighth of the edge. Cutout of a square of half the edge around a
+    uniform place. What moves in or is cut out is 0, medium grey.
 
     The network is told nothing of it, so samples look augmented, too: a baseline of 002.
     """

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 PROVENANCE = ("paper", "code", "ours")
 BANDWIDTHS = ("knn-median", "scott")  # rules of ltkernels.knn_bandwidth
+REFORWARD = 16  # the largest batch of Algorithm 1 to the letter, which makes batch size^2 forwards
 RUN = "RUN"  # --finetune of presets that go on from another run, which has to be given
 TABLE5_ORDER = "7,2,6,4,5,3,9,0,1,8"  # of CIFAR-10: horse, bird, frog, deer, dog, cat, truck, airplane, automobile, ship
 _LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
@@ -285,7 +286,7 @@ class ImageConfig(RunConfig):
     dropout: float = ours(0.0, code=0.1, ge=0, lt=1)
     flip: Literal["auto", "yes", "no"] = ours("auto", code="yes")  # every second image mirrored; auto: but not digits, which have a side
     augment: Literal["none", "ada", "diffaug"] = code("none", tables=("diffaug",))
-    """ada: 9 kinds of geometric augmentation, whose parameters the network is told; diffaug: colour, translation and cutout (002, Table 1)"""
+    """ada: 9 kinds of geometric augmentation, whose parameters the network is told; diffaug: colour, translation, cutout (002, Table 1)"""
     augment_p: float = code(0.12, gt=0)  # probability of each kind of ada
 
     # Optimisation: Adam.
@@ -422,7 +423,7 @@ class DiffROPConfig(CBDMConfig):
 
     # The pairs.
     pcl_t: Literal["group", "batch", "reforward"] = ours("group", tables=("reforward",))
-    """whose times are equal: of every few rows, of all, or every row's partners are noised to its time: Alg. 1, batch size^2 forwards (R1)"""
+    """whose times are equal: of every few rows, of all; or a row's partners are noised to its time, batch size^2 forwards (Alg. 1; R1)"""
     pcl_group_size: int = ours(2, ge=2)  # rows that share a time with --pcl-t group; the times of groups are uniform (R1)
     pcl_noise: Literal["independent", "shared"] = paper("independent", tables=("shared",))  # in Alg. 1; in Eq. 12 a pair's is one (R2)
 
@@ -446,11 +447,13 @@ class DiffROPConfig(CBDMConfig):
             raise ValueError("config: DiffROP compares classes, so it needs conditional; got --no-conditional")
         super().__post_init__()
         if (self.pcl_margin is None) == (self.pcl_form == "hinge"):
-            raise ValueError(f"config: pcl_margin is required for pcl_form hinge and for no other; got {self.pcl_margin} with {self.pcl_form}")
+            fact = f"{self.pcl_margin} with {self.pcl_form}"
+            raise ValueError(f"config: pcl_margin is required for pcl_form hinge and for no other; got {fact}")
         if self.pcl_distance == "kl" and self.pcl_space != "mu":
             raise ValueError(f"config: pcl_distance kl is between Gaussians around mu, so it needs pcl_space mu; got {self.pcl_space}")
         if self.pcl_t == "reforward" and self.batch_size > REFORWARD:
-            raise ValueError(f"config: pcl_t reforward makes batch_size^2 forwards, so it needs batch_size <= {REFORWARD}; got {self.batch_size}")
+            expected = f"pcl_t reforward makes batch_size^2 forwards, so it needs batch_size <= {REFORWARD}"
+            raise ValueError(f"config: {expected}; got {self.batch_size}")
         fields = type(self).__dataclass_fields__
         for names, place, unused in (
             (("cb_tau", "cb_sampling"), "base cbdm", self.base != "cbdm"),
@@ -591,7 +594,6 @@ CLUDI_PRESETS = {
     "cludi-code": as_in("code", CLUDIConfig),
 }
 
-REFORWARD = 16
 DATASETS_001 = {  # of Tables 2, 3, 7 of 001, with the number of generated images
     "table2-cifar10": {"dataset": "cifar10-lt"},
     "table2-cifar10-1000": {"dataset": "cifar10-lt", "imbalance_ratio": 1000.0},
@@ -650,8 +652,9 @@ ROWS_002 = {  # of Tables 1 to 5; guidance is tuned for every model there, so w 
         },
         **{f"figure4-{name}-const": {**data, "pcl_tau_schedule": "const", "omega": 0.8} for name, data in CIFAR_002.items()},
         "algorithm1": {  # to the letter
-            **CIFAR_002["cifar100"], "pcl_form": "reciprocal", "pcl_t": "reforward", "pcl_distance": "sum", "pcl_reduce": "sum", "batch_size": 16,
-        },
+            "dataset": "cifar100-lt", "batch_size": REFORWARD, "omega": 0.8,
+            "pcl_form": "reciprocal", "pcl_t": "reforward", "pcl_distance": "sum", "pcl_reduce": "sum",
+        },  # fmt: skip
     },
 }
 

@@ -360,7 +360,8 @@ def tabulate(reports: Mapping[str, Mapping], columns: Sequence[str] = SCORES) ->
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training evaluate", description=f"Score the samples of runs of {', '.join(config.IMAGE_CONFIGS)}.")
+    text = f"Score the samples of runs of {', '.join(config.IMAGE_CONFIGS)}."
+    parser = argparse.ArgumentParser(prog="python -m training evaluate", description=text)
     parser.add_argument("run", type=Path, nargs="+", help="run folder, or one that sample has written; the options default to the run's")
     parser.add_argument("--inception", help="file of Inception's weights, for torch-fidelity")
     parser.add_argument("--split-ref", choices=("balanced", "lt"), help="what groups and classes are compared with")

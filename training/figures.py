@@ -27,13 +27,14 @@ SYNTHETIC_ROWS = 1000
 
 
 def main(arguments: Sequence[str]) -> int:
-    from . import figures_cludi, figures_gda, figures_t2h
+    from . import figures_cludi, figures_diffrop, figures_gda, figures_t2h
     from .__main__ import parse, stoppable
 
     methods = {  # settings, presets, what makes the figures, number of seeds, what adds options of its own
         "dgd": (DGDConfig, config.DGD_PRESETS, dgd, 5, None),
         "cludi": (CLUDIConfig, config.CLUDI_PRESETS, figures_cludi.figures, 5, None),
         "t2h": (T2HConfig, config.IMAGE_PRESETS["t2h"], figures_t2h.figures, 3, figures_t2h.add_options),
+        "diffrop": (DiffROPConfig, config.IMAGE_PRESETS["diffrop"], figures_diffrop.figures, 3, figures_diffrop.add_options),
         "gda": (DiffROPConfig, figures_gda.PRESETS, figures_gda.figures, 3, figures_gda.add_options),
     }
     parser = argparse.ArgumentParser(prog="python -m training figures", description="Tables and pictures of a method over several seeds.")

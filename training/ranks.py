@@ -70,8 +70,11 @@ class _Gather(torch.autograd.Function):
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """The whole batch of which `rows` are this rank's `part`. Differentiable: what arrives at a row is the sum over all ranks' losses, so all
-    ranks have to derive theirs together; `average` then divides it by their number, like every gradient."""
+    """The whole batch of which `rows` are this rank's `part`.
+
+    Differentiable: a row's gradient is the sum over the losses of all ranks, which have to derive theirs together; `average` then divides
+    it by their number, like every gradient.
+    """
     return _Gather.apply(rows) if size() > 1 else rows
 
 

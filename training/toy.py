@@ -1,13 +1,13 @@
-"""What the papers' toys come to where it can be worked out: 001's p_sel of two images, of white noise, of appendix J's Gaussians; 002's losses.
+"""What the papers' toys come to: 001's p_sel where it can be worked out (two images, white noise, the two Gaussians of appendix J), and the
+losses of 002's Fig. 2.
 
-Everything of 001 goes through the operators of `ltkernels`, in float64 where the result is exact; an expectation over one-dimensional noise is a
+Everything goes through the operators of `ltkernels`, in float64 where the result is exact; an expectation over one-dimensional noise is a
 sum over a fine grid, not over samples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -93,39 +93,40 @@ def sample_score(x: Tensor, samples: Tensor, sigma: float) -> Tensor:
     return (ltkernels.posterior_mean(x, samples, 1.0, sigma) - x) / sigma**2
 
 
-# ---- 002, section 5.1: two Gaussians whose means are learnt ----------------------------------------------------------
+# ---- Fig. 2 of 002 ---------------------------------------------------------------------------------------------------
 
-SHARES, MEANS, VARIANCE = (0.95, 0.05), (0.0, 2.0), 0.5  # pi, m*, sigma^2; with 1/2 the KL divergence is (m_1 - m_2)^2
-FAR = 1e4  # from there on the losses differ by less than float64 can tell
-PHI: dict[str, Callable[[Tensor, float], Tensor]] = {  # of `ltkernels.pcl_loss`, which knows sums over pairs only
-    "exponential": lambda d, margin: (-d).exp(),
-    "reciprocal": lambda d, margin: 1 / (1 + d),
-    "hinge": lambda d, margin: (margin - d).clamp(min=0),
-    "negative_l2": lambda d, margin: -d,
-}
+SHARES, MEANS = (0.95, 0.05), (0.0, 2.0)  # of 5.1 in 002: head and tail
 
 
-def overlap_loss(m1: Tensor, m2: Tensor, form: str | None = None, tau: float = 1.0, margin: float = 0.0) -> Tensor:
-    """Loss at estimated means m1, m2 (same shape): sum_c pi_c KL(N(m*_c) || N(m_c)) + tau phi(KL(N(m_1) || N(m_2))), variance sigma^2 known
-    (002: Eq. 6, 13, 15). form: of `pcl_loss`; None: without its term."""
-    kl = lambda difference: difference.square() / (2 * VARIANCE)  # noqa: E731
-    plain = sum(share * kl(m - true) for share, m, true in zip(SHARES, (m1, m2), MEANS, strict=True))
-    return plain if form is None else plain + tau * PHI[form](kl(m1 - m2), margin)
+def landscape(
+    form: str | None, m1: Tensor, m2: Tensor, *, tau: float = 1.0, margin: float | None = None, sigma: float = 1.0
+) -> Tensor:
+    """(len(m1), len(m2)) float64: the loss of estimating the means of .95 N(0, sigma^2) + .05 N(2, sigma^2) as m1 and m2, of each pair.
 
-
-def overlap_minimum(form: str | None = None, tau: float = 1.0, margin: float = 0.0, points: int = 81) -> tuple[float, float] | None:
-    """(m1, m2) at which `overlap_loss` is least, to 1e-6; None where it is unbounded below, or so flat that they are beyond FAR.
-
-    The least of a grid, whose box grows until it holds the least inside and then closes in on it: nothing is differentiated, and a local
-    minimum is no trap as long as the first grid sees both.
+    [.95 m1^2 + .05 (m2 - 2)^2] / 2 sigma^2 + tau phi(D), D = (m1 - m2)^2 / 2 sigma^2 the divergence of the two estimated parts, phi one of
+    the forms of `ltkernels.pcl_loss`; None: the first part alone. The form "hinge" with margin <= 2 / sigma^2, the true divergence, keeps
+    the optimum (0, 2) at loss 0; "negative_l2" moves it, and away to infinity for tau >= .0475; the others move it as well.
+    Example: `landscape("hinge", torch.linspace(-1, 3, 81), torch.linspace(-1, 3, 81), margin=2.0)`.
     """
-    centre, side = torch.tensor(MEANS, dtype=torch.float64), 4.0
-    offsets = torch.cartesian_prod(*[torch.linspace(-1, 1, points, dtype=torch.float64)] * 2)
-    while side > 1e-7:
-        at = centre + side * offsets
-        best = int(overlap_loss(*at.T, form, tau, margin).argmin())
-        inside = bool((offsets[best].abs() < 1).all())
-        centre, side = at[best], side / 2 if inside else 2 * side
-        if centre.abs().max() > FAR:
-            return None
-    return tuple(centre.tolist())
+    m1, m2 = m1.double(), m2.double()
+    fit = (SHARES[0] * (m1[:, None] - MEANS[0]).square() + SHARES[1] * (m2 - MEANS[1]).square()) / (2 * sigma**2)
+    if form is None:
+        return fit
+    divergence = ltkernels.pairwise_sqdist(m1[:, None], m2[:, None]) / (2 * sigma**2)
+    phi = {
+        "exponential": lambda d: (-d).exp(), "reciprocal": lambda d: 1 / (1 + d),
+        "hinge": lambda d: (margin - d).clamp(min=0), "negative_l2": lambda d: -d,
+    }  # fmt: skip
+    return fit + tau * phi[form](divergence)
+
+
+def optimum(form: str | None, **options) -> tuple[float, float, float]:
+    """(m1, m2, loss) of the smallest value of `landscape` with these options, by grids that get finer around it, the first from -4 to 16.
+    Where there is none, the answer is where these end."""
+    centre, reach = (6.0, 6.0), 10.0
+    for _ in range(12):
+        m1, m2 = (torch.linspace(c - reach, c + reach, 201, dtype=torch.float64) for c in centre)
+        loss = landscape(form, m1, m2, **options)
+        row, column = divmod(int(loss.argmin()), len(m2))
+        centre, reach = (float(m1[row]), float(m2[column])), reach / 4
+    return *centre, float(loss[row, column])

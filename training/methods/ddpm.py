@@ -158,7 +158,7 @@ class Denoise(Stage):
 
 
 def class_weights(counts: Tensor) -> Tensor:
-    """(C,) float32: 1 / w_c for the class shares w_c of the training set (002, below Eq. 6), scaled to mean 1 over its rows; 0 for no rows."""
+    """(C,) float32: 1 / w_c for the class shares w_c of the training set (002, below Eq. 6), with mean 1 over its rows; 0 without rows."""
     counts = counts.double()
     return torch.where(counts > 0, counts.sum() / (counts * (counts > 0).sum()), 0.0).float()
 

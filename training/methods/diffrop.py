@@ -1,8 +1,8 @@
 """DiffROP: overlap optimisation (002; equations by their numbers there).
 
-Two images of different classes, noised to one time t, have denoised means mu_theta (Eq. 9, 10), and the KL divergence of their reverse steps
-is |mu_i - mu_j|^2 / 2 sigma_t^2 (Eq. 8). To the loss of the base, DDPM or CBDM, comes tau(t) phi(d_ij) for such pairs, which pushes the
-classes apart. `DiffROP` is stateless and works in anybody's loop. Where the paper is silent or contradicts itself, the choice is an
+Two images of different classes, noised to one time t, have denoised means mu_theta (Eq. 9, 10), and the KL divergence of their reverse
+steps is |mu_i - mu_j|^2 / 2 sigma_t^2 (Eq. 8). To the loss of the base, DDPM or CBDM, comes tau(t) phi(d_ij) for such pairs, which pushes
+the classes apart. `DiffROP` is stateless and works in anybody's loop. Where the paper is silent or contradicts itself, the choice is an
 option of DiffROPConfig, marked R1..R15.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 import ltkernels
 
 from .. import ranks
-from ..diffusion import Schedule
+from ..diffusion import PREDICTIONS, Schedule, _column
 from .cbdm import Balance
 from .ddpm import Denoise
 
@@ -29,8 +29,8 @@ _CHOICES = {
 
 @dataclass(frozen=True, eq=False)
 class DiffROP:
-    """form: phi, as `ltkernels.pcl_loss` has it (R10). tau(t) = tau0 ("const"), tau0 exp(-t / (tau_temp steps)) ("exp"), tau0 (1 - t / steps)
-    ("linear"), steps being the last time (R6). margin: of the form "hinge", a number or a table (steps + 1,) by time.
+    """form: phi, as `ltkernels.pcl_loss` has it (R10). margin: of the form "hinge", a number or a table (steps + 1,) by time.
+    tau(t) = tau0 ("const"), tau0 exp(-t / (tau_temp steps)) ("exp"), tau0 (1 - t / steps) ("linear"), steps being the last time (R6).
 
     distance: d is |.|^2 over the elements by "mean" or "sum", or "kl", the divergence sum / 2 sigma_t^2 of Eq. 8, which needs the table
     variance (steps + 1,) of sigma_t^2 (R3, R4). space: what `rows` compares (R5). stopgrad: "partner" lets gradients reach the first of a
@@ -75,8 +75,8 @@ class DiffROP:
     ) -> Tensor:
         """Mean or sum over the ordered pairs of tau(t_i) phi(d_ij), () float32. A pair has two labels and one time.
 
-        mu (B, ...), y (B,) int64, t (B,) int64 or float, on any scale that ends at `steps`. Rows with y = -1, whose label the network was not
-        told, are in no pair: their mean is that of no class. other (B', ...), other_y, other_t: pairs are (mu_i, other_j) instead.
+        mu (B, ...), y (B,) int64, t (B,) int64 or float, on any scale that ends at `steps`. Rows with y = -1, whose label the network was
+        not told, are in no pair: their mean is that of no class. other (B', ...), other_y, other_t: pairs are (mu_i, other_j) instead.
         No pair: 0, with a gradient of 0. Example: `DiffROP().loss(mu, y, t)`.
         """
         if self.stopgrad == "partner":
@@ -105,25 +105,20 @@ def pairs(y: Tensor, t: Tensor) -> Tensor:
     return ((y[:, None] != y) & (group[:, None] == group)).sum()
 
 
-def denoised(
-    schedule: Schedule, x_t: Tensor, output: Tensor, t: Tensor, prediction: str = "epsilon", space: str = "mu"
-) -> Tensor:
+def denoised(schedule: Schedule, x_t: Tensor, output: Tensor, t: Tensor, prediction: str = "epsilon", space: str = "mu") -> Tensor:
     """mu_theta = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t) (Eq. 9, 10), or the predicted x0 or eps, for x_t (B, ...) at times t
     (B,) in 1..T each its own. output: what a network answered that predicts "epsilon", "v" or "x0"."""
+    for name, value, known in (("prediction", prediction, PREDICTIONS), ("space", space, _CHOICES["space"])):
+        if value not in known:
+            raise ValueError(f"denoised: {name} must be one of {', '.join(known)}; got {value!r}")
     scale, std = (_column(c, x_t) for c in schedule.coefficients(t, x_t))
-    if prediction not in ("epsilon", "v", "x0") or space not in _CHOICES["space"]:
-        raise ValueError(f"denoised: prediction must be epsilon, v or x0, and space mu, x0 or eps; got {prediction!r} and {space!r}")
     if space == "x0":
-        return {"epsilon": lambda: (x_t - std * output) / scale, "v": lambda: scale * x_t - std * output, "x0": lambda: output}[prediction]()
-    eps = {"epsilon": lambda: output, "v": lambda: std * x_t + scale * output, "x0": lambda: (x_t - scale * output) / std}[prediction]()
+        return output if prediction == "x0" else (x_t - std * output) / scale if prediction == "epsilon" else scale * x_t - std * output
+    eps = output if prediction == "epsilon" else (x_t - scale * output) / std if prediction == "x0" else std * x_t + scale * output
     if space == "eps":
         return eps
     beta = schedule.betas.to(t.device)[t]
     return (x_t - _column(beta, x_t) / std * eps) * _column((1 - beta).rsqrt(), x_t)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like).view(-1, *[1] * (like.dim() - 1))
 
 
 def _group(y: Tensor, t: Tensor) -> Tensor:
