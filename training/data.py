@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -340,6 +341,17 @@ def test_set(name: str, *, root: str | Path = "data", image_size: int = 32) -> D
     return _taken(f"test set of {name}", False, source, np.arange(len(source[0])))
 
 
+def check_reference(name: str, *, root: str | Path = "data", image_size: int = 32) -> None:
+    """Raises what `balanced_reference` would, but for damage inside of a folder's images: those are opened and not decoded."""
+    kind, _, path = name.partition(":")
+    if kind.removesuffix("-lt") == "folder":
+        for file in folder_files(Path(path))[1]:
+            with _opened(file):
+                pass
+    else:
+        balanced_reference(name, root=root, image_size=image_size)
+
+
 def _taken(name: str, features: bool, source: Source, rows: np.ndarray) -> Dataset:
     labels, num_classes, read = source
     labels, data = torch.from_numpy(labels[rows]), read(rows)
@@ -473,10 +485,19 @@ def _read_image(file: Path, size: int) -> np.ndarray:
     """RGB, shorter side resized to `size`, centre crop: (size, size, 3) uint8."""
     from PIL import Image, ImageOps
 
+    with _opened(file) as image:
+        # fit() resizes and crops in one resampling; it leaves an image of the right size untouched.
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator:
+    """The image, not yet decoded."""
+    from PIL import Image
+
     try:
         with Image.open(file) as image:
-            # fit() resizes and crops in one resampling; it leaves an image of the right size untouched.
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+            yield image
     except OSError as error:
         raise ValueError(f"dataset folder: cannot read image {file}: {error}") from error
 
