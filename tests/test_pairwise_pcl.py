@@ -719,7 +719,7 @@ X86_FLAGS = set(re.search(r"^flags\s*:(.*)$|\Z", Path("/proc/cpuinfo").read_text
 @pytest.mark.parametrize("isa", [isa for isa, needs in ISA_NEEDS.items() if needs <= X86_FLAGS])
 def test_every_instruction_set_of_this_processor(isa):
     """In a process of its own, on each path that the library can choose at run time."""
-    cases = "cpu and (every_form or hard_batches or clusters or distances or broken or same_bits) and not 3072"
+    cases = "cpu and (130-47 or 130-70 or hard_batches or clusters or each_other or broken or 130-300) and not 3072"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", cases]
     run = subprocess.run(command, env={**os.environ, "LTKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
