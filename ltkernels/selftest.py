@@ -401,7 +401,8 @@ def _losses(case: Pairs, device: str, form: str) -> Answer:
 
 def _judge_loss(case: Pairs, answer: Answer) -> Errors:
     """Losses, and rows of sum_j phi, which are the gradient of the weights, by what an error of 1e-6 max(1, d) in d explains; gradients of
-    mu and other by the norm of their row; those of the margins, which are counts."""
+    mu and other by the norm of their row and, where it is much smaller than those of its terms, by 2e-2 of theirs; those of the margins,
+    which are counts."""
     dtype, d = case.mu.dtype, (case.exact() / case.mu.shape[1]).nan_to_num(posinf=INF)
     rows = [case.exact_rows(form) for form in range(len(reference.PCL_FORMS))]
     row, pairs, active, mu_grad, other_grad = zip(*rows, strict=True)
@@ -409,27 +410,32 @@ def _judge_loss(case: Pairs, answer: Answer) -> Errors:
     if case.group is not None:
         counts = counts & (case.group[:, None] == (case.group if case.other is None else case.other_group))
     weight, unit = case.weight.double(), 1e-13 if dtype == torch.float64 else 1e-6
-    explained = []
+    explained, mu_terms, other_terms = [], [], []
     for form in range(len(reference.PCL_FORMS)):
         value, slope = reference._pcl_term(form, d, case.margin[:, None].double())
         error = d.clamp(min=1) * torch.maximum(value.abs(), d * slope.abs())
         explained.append(torch.where(counts & torch.isfinite(error), error, 0).sum(1) + 1e-300)
+        terms = 2 * (d / case.mu.shape[1]).sqrt() * torch.where(counts & torch.isfinite(error), weight[:, None] * slope.abs(), 0)
+        terms = terms.nan_to_num(nan=0, posinf=0)
+        mu_terms.append((terms + terms.T if case.other is None else terms).sum(1))
+        other_terms.append(terms.sum(0))
     row, explained, pairs = torch.stack(row), torch.stack(explained), pairs[0].sum().clamp(min=1)
     divisor = torch.stack([torch.ones(()), pairs]).double()
     total, allowed = (weight * row).sum(1)[:, None] / divisor, (weight * explained).sum(1)[:, None].clamp(min=1e-300) / divisor
     limit = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
 
-    def by_row(output: str, exact: tuple[Tensor, ...]) -> tuple[Tensor, float]:
+    def by_row(output: str, exact: tuple[Tensor, ...], terms: list[Tensor]) -> tuple[Tensor, float]:
         exact = torch.stack(exact)
         smallest = math.sqrt(exact.shape[-1]) * torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # what rounds to 0
-        scale = exact.nan_to_num(nan=0, posinf=0, neginf=0).norm(dim=-1) + smallest / limit
+        norm = exact.nan_to_num(nan=0, posinf=0, neginf=0).norm(dim=-1)
+        scale = norm + 2e-2 * torch.stack(terms) + smallest / limit
         return _deviation(answer[output], exact).norm(dim=-1) / scale, limit
 
     return {
         "loss": (_deviation(answer["loss"], total, allowed), unit),
         "weight grad": (_deviation(answer["weight grad"], row, explained), unit),
-        "mu grad": by_row("mu grad", mu_grad),
-        **({} if case.other is None else {"other grad": by_row("other grad", other_grad)}),
+        "mu grad": by_row("mu grad", mu_grad, mu_terms),
+        **({} if case.other is None else {"other grad": by_row("other grad", other_grad, other_terms)}),
         "margin grad": (_deviation(answer["margin grad"][0], weight * active[2], weight * active[2].clamp(min=1)), unit),
     }
 

@@ -25,7 +25,8 @@ def exact(
     mu, labels, *, form="exponential", sample_weight=1.0, margin=None, distance="mean", group=None, other=None, other_labels=None,
     other_group=None, reduction="mean",
 ):  # fmt: skip
-    """The loss in float64 from the formula, differentiable, and how far it may be off where d is off by 1e-6 max(1, d)."""
+    """The loss in float64 from the formula, differentiable; how far it may be off where d is off by 1e-6 max(1, d); and the sizes of the
+    terms of every row's gradient in mu (and in other), summed: where they cancel, the norm of the gradient is no measure."""
     x, y = mu.double().flatten(1), (mu if other is None else other).double().flatten(1)
     d = (x[:, None] - y).square().sum(-1) / (x.shape[1] if distance == "mean" else 1)
     counts = labels[:, None] != (labels if other is None else other_labels)
@@ -45,7 +46,10 @@ def exact(
         phi, slope = -d, torch.ones_like(d)
     divisor = max(1, int(counts.sum())) if reduction == "mean" else 1
     allowed = (weight.abs() * d.clamp(min=1) * torch.maximum(phi.abs(), slope * d) * counts).sum().detach() * 1e-6
-    return (weight * torch.where(counts, phi, 0)).sum() / divisor, allowed / divisor
+    scale = 1 / x.shape[1] if distance == "mean" else 1
+    terms = (weight * slope * counts * 2 * (scale * d).sqrt()).detach() / divisor
+    sizes = ((terms + terms.T).sum(1),) if other is None else (terms.sum(1), terms.sum(0))
+    return (weight * torch.where(counts, phi, 0)).sum() / divisor, allowed / divisor, sizes
 
 
 def random_batch(b: int, d: int, dtype=torch.float32, classes: int = 4):
@@ -70,19 +74,19 @@ def assert_loss(mu, labels, device, other=None, gradient=1e-5, **options):
     given = [x.detach().to(device).requires_grad_() for x in rows]
     moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     loss = pcl_loss(given[0], labels.to(device), other=None if other is None else given[1], **moved)
-    expected, allowed = exact(rows[0], labels, other=None if other is None else rows[1], **options)
+    expected, allowed, sizes = exact(rows[0], labels, other=None if other is None else rows[1], **options)
     assert loss.shape == () and loss.dtype == (torch.float64 if mu.dtype == torch.float64 else torch.float32)
     error = (loss.double().cpu() - expected).abs()
     assert error <= allowed + 1e-45, f"loss {loss.item()} is off by {error.item():.1e}; allowed {allowed.item():.1e}"
     wide = [x.detach().double().requires_grad_() for x in rows]
-    value, _ = exact(wide[0], labels, other=None if other is None else wide[1], **options)
+    value, *_ = exact(wide[0], labels, other=None if other is None else wide[1], **options)
     rounding = {torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(mu.dtype, 0)
-    for mine, true in zip(torch.autograd.grad(loss, given), torch.autograd.grad(value, wide), strict=True):
+    for mine, true, size in zip(torch.autograd.grad(loss, given), torch.autograd.grad(value, wide), sizes, strict=True):
         assert mine.dtype == mu.dtype and mine.shape == true.shape
         off = (mine.double().cpu() - true).flatten(1).norm(dim=1)
         norm = true.flatten(1).norm(dim=1)
         small = 1e-7 * math.sqrt(true[0].numel()) if mu.dtype == torch.float16 else 1e-36  # half the smallest number of float16
-        assert (off <= (gradient + rounding) * norm + small).all(), f"a row's gradient is off by {(off / norm).max().item():.1e}"
+        assert (off <= (gradient + rounding) * norm + 2e-7 * size + small).all(), f"a gradient is off by {(off / norm).max().item():.1e}"
 
 
 def options(form: str, b: int, seed: int = 0) -> dict:
@@ -150,7 +154,7 @@ def test_distances_of_close_pairs(backend, device):
     """Pairs 1e-3 apart at norm 10: the loss of form "negative_l2" is their distance."""
     mu, labels, cluster = clusters(40, 64, 1e-3, 10.0)
     near = -pcl_loss(mu.to(device), labels.to(device), form="negative_l2", distance="sum", group=cluster.to(device)).double().cpu()
-    true, _ = exact(mu, labels, form="negative_l2", distance="sum", group=cluster)
+    true, *_ = exact(mu, labels, form="negative_l2", distance="sum", group=cluster)
     assert 1e-6 < near < 1e-5 and (near + true).abs() <= 1e-5 * near
 
 
@@ -433,7 +437,7 @@ def test_distances_beyond_float32(form, backend, device):
         assert loss.item() == -math.inf
         return
     assert torch.isfinite(loss) and torch.isfinite(gradient).all() and not gradient[:2].any() and gradient[2:, 0].all()
-    near, _ = exact(mu.detach().cpu(), labels.cpu(), form=form, distance="sum", **margin)
+    near, *_ = exact(mu.detach().cpu(), labels.cpu(), form=form, distance="sum", **margin)
     assert loss.item() == pytest.approx(near.item(), rel=1e-6)
 
 
@@ -715,7 +719,7 @@ X86_FLAGS = set(re.search(r"^flags\s*:(.*)$|\Z", Path("/proc/cpuinfo").read_text
 @pytest.mark.parametrize("isa", [isa for isa, needs in ISA_NEEDS.items() if needs <= X86_FLAGS])
 def test_every_instruction_set_of_this_processor(isa):
     """In a process of its own, on each path that the library can choose at run time."""
-    cases = "cpu and (every_form or hard_batches or clusters or distances or broken or same_bits) and not 3072"
+    cases = "cpu and (130-47 or 130-70 or hard_batches or clusters or each_other or broken or 130-300) and not 3072"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", cases]
     run = subprocess.run(command, env={**os.environ, "LTKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
