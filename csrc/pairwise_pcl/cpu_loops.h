@@ -25,7 +25,11 @@ LT_INLINE void lanes_of(const typename VectorOf<W, Bytes>::type& v, typename Vec
     std::memcpy(&low, &v, Bytes / 2);
     std::memcpy(&high, (const char*)&v + Bytes / 2, Bytes / 2);
     low += high;
-    out = __builtin_convertvector(low, typename VectorOf<double, Bytes>::type);
+    if constexpr (Bytes == 64) {  // GCC 12 splits __builtin_convertvector in two
+      out = typename VectorOf<double, Bytes>::type{low[0], low[1], low[2], low[3], low[4], low[5], low[6], low[7]};
+    } else {
+      out = __builtin_convertvector(low, typename VectorOf<double, Bytes>::type);
+    }
   }
 }
 
@@ -98,20 +102,19 @@ LT_INLINE void add_lanes(const double* sums, int64_t rows, int64_t cols, bool sa
 template <class T>
 LT_INLINE bool bounded(const T* row, int64_t count, Wide<T> limit) {
   int32_t beyond = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const Wide<T> value = static_cast<Wide<T>>(row[i]);
-    beyond |= !(value <= limit && value >= -limit);
-  }
+  for (int64_t i = 0; i < count; ++i) beyond |= !(std::fabs(static_cast<Wide<T>>(row[i])) <= limit);
   return beyond == 0;
 }
 
-// out (count, stride) = entries first .. first + n of each row, 0 beyond.
+// out (count, stride) = entries first .. first + n of each row, 0 beyond. The next ones, `ahead`, are on their way when this returns.
 template <class T>
-LT_INLINE void pack(const T* const* rows, int64_t count, int64_t first, int64_t n, int64_t stride, Wide<T>* out) {
+LT_INLINE void pack(const T* const* rows, int64_t count, int64_t first, int64_t n, int64_t ahead, int64_t stride, Wide<T>* __restrict out) {
+  constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t r = 0; r < count; ++r, out += stride) {
     const T* row = rows[r] + first;
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Wide<T>>(row[i]);
     for (int64_t i = n; i < stride; ++i) out[i] = 0;
+    for (int64_t i = 0; i < ahead; i += kLine) __builtin_prefetch(row + n + i, 0, 2);
   }
 }
 
@@ -226,7 +229,7 @@ struct PairOps {
   void (*squares)(const W* a, int64_t rows, const W* b, int64_t cols, bool same, int64_t vectors, bool accumulate, double* sums);
   void (*add_lanes)(const double* sums, int64_t rows, int64_t cols, bool same, double* sqdist);
   bool (*bounded)(const T* row, int64_t count, W limit);
-  void (*pack)(const T* const* rows, int64_t count, int64_t first, int64_t n, int64_t stride, W* out);
+  void (*pack)(const T* const* rows, int64_t count, int64_t first, int64_t n, int64_t ahead, int64_t stride, W* out);
   bool (*terms)(int64_t form, double scale, const double* sqdist, const Side& rows, const Side& cols, bool among, Sums* own, Sums* theirs,
                 W* pull);
   void (*add_pull)(const W* pull, const W* own, const W* theirs, int64_t depth, W* c);
@@ -245,8 +248,8 @@ struct PairOps {
       isa::add_lanes<kLanes>(sums, rows, cols, same, sqdist);                                                                      \
     }                                                                                                                              \
     TARGET static bool bounded(const T* row, int64_t n, W limit) { return isa::bounded<T>(row, n, limit); }                        \
-    TARGET static void pack(const T* const* rows, int64_t count, int64_t first, int64_t n, int64_t stride, W* out) {               \
-      isa::pack<T>(rows, count, first, n, stride, out);                                                                            \
+    TARGET static void pack(const T* const* rows, int64_t count, int64_t first, int64_t n, int64_t ahead, int64_t stride, W* out) {               \
+      isa::pack<T>(rows, count, first, n, ahead, stride, out);                                                                            \
     }                                                                                                                              \
     TARGET static bool terms(int64_t form, double scale, const double* d, const Side& rows, const Side& cols, bool among, Sums* o, \
                              Sums* t, W* pull) {                                                                                   \

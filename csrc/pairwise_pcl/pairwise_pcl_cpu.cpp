@@ -56,9 +56,9 @@ void distances(const isa::PairOps<T>& ops, PairBuffers<T>& w, const T* const* a,
   w.a.resize(kSub * stride), w.sums.resize(kSub * kSub * ops.lanes), w.sqdist.resize(kSub * kSub);
   if (!same) w.b.resize(kSub * stride);
   for (int64_t first = 0; first < d; first += stride) {
-    const int64_t n = std::min(stride, d - first);
-    ops.pack(a, rows, first, n, stride, w.a.data());
-    if (!same) ops.pack(b, cols, first, n, stride, w.b.data());
+    const int64_t n = std::min(stride, d - first), ahead = std::min(stride, d - first - n);
+    ops.pack(a, rows, first, n, ahead, stride, w.a.data());
+    if (!same) ops.pack(b, cols, first, n, ahead, stride, w.b.data());
     ops.squares(w.a.data(), rows, same ? w.a.data() : w.b.data(), cols, same, divide_up(n, ops.width), first > 0, w.sums.data());
   }
   ops.add_lanes(w.sums.data(), rows, cols, same, w.sqdist.data());
@@ -293,8 +293,10 @@ class Contrast {
                     int64_t first, W* grad) const {
     const int64_t width = ops_.pull_cols, n = std::min(width, p_.d - first), height = ops_.pull_rows;
     w.own.resize(kBlock * width), w.theirs.resize(kBlock * width), w.sums.resize(height * width);
-    ops_.pack(theirs.row.data() + cols.begin, cols.size(), first, n, width, w.theirs.data());
-    ops_.pack(own.row.data() + rows.begin, rows.size(), first, n, width, w.own.data());
+    ops_.pack(theirs.row.data() + cols.begin, cols.size(), first, n, 0, width, w.theirs.data());
+    const bool shared = &own == &theirs && begin == cols.begin;
+    if (!shared) ops_.pack(own.row.data() + rows.begin, rows.size(), first, n, 0, width, w.own.data());
+    const W* own_strip = shared ? w.theirs.data() + (rows.begin - begin) * width : w.own.data();
     const W factor = static_cast<W>(2 * p_.scale);
     for (int64_t i = rows.begin; i < rows.end; i += height) {
       const bool* any = pulls.any[(i - begin) / kSub];
@@ -302,7 +304,7 @@ class Contrast {
       for (int64_t j = 0; j < cols.size(); j += kSub) {
         if (!any[j / kSub]) continue;
         const W* pull = panel(pulls.panel.data(), i - begin) + j * height;
-        ops_.add_pull(pull, w.own.data() + (i - rows.begin) * width, w.theirs.data() + j * width, std::min(kSub, cols.size() - j),
+        ops_.add_pull(pull, own_strip + (i - rows.begin) * width, w.theirs.data() + j * width, std::min(kSub, cols.size() - j),
                       w.sums.data());
       }
       for (int64_t r = 0; r < std::min(height, rows.end - i); ++r) {
