@@ -106,15 +106,23 @@ LT_INLINE bool bounded(const T* row, int64_t count, Wide<T> limit) {
   return beyond == 0;
 }
 
-// out (count, stride) = entries first .. first + n of each row, 0 beyond. The next ones, `ahead`, are on their way when this returns.
-template <class T>
-LT_INLINE void pack(const T* const* rows, int64_t count, int64_t first, int64_t n, int64_t ahead, int64_t stride, Wide<T>* __restrict out) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t r = 0; r < count; ++r, out += stride) {
-    const T* row = rows[r] + first;
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Wide<T>>(row[i]);
-    for (int64_t i = n; i < stride; ++i) out[i] = 0;
-    for (int64_t i = 0; i < ahead; i += kLine) __builtin_prefetch(row + n + i, 0, 2);
+// out (strips, count, stride) = entries first .. first + n of each row in strips of `stride`, 0 beyond; the n after them are fetched.
+template <class T, int Bytes>
+LT_INLINE void pack(const T* const* rows, int64_t count, int64_t first, int64_t n, int64_t stride, Wide<T>* __restrict out) {
+  constexpr int64_t kWidth = Bytes / sizeof(Wide<T>);
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t strip = 0; strip < n; strip += stride) {
+      const T* row = rows[r] + first + strip;
+      Wide<T>* to = out + strip * count + r * stride;
+      const int64_t here = n - strip < stride ? n - strip : stride;
+      int64_t i = 0;
+      for (; i + kWidth <= here; i += kWidth) {
+        __builtin_prefetch(row + n + i, 0, 2);
+        for (int64_t l = 0; l < kWidth; ++l) to[i + l] = static_cast<Wide<T>>(row[i + l]);
+      }
+      for (; i < here; ++i) to[i] = static_cast<Wide<T>>(row[i]);
+      for (; i < stride; ++i) to[i] = 0;
+    }
   }
 }
 
@@ -229,7 +237,7 @@ struct PairOps {
   void (*squares)(const W* a, int64_t rows, const W* b, int64_t cols, bool same, int64_t vectors, bool accumulate, double* sums);
   void (*add_lanes)(const double* sums, int64_t rows, int64_t cols, bool same, double* sqdist);
   bool (*bounded)(const T* row, int64_t count, W limit);
-  void (*pack)(const T* const* rows, int64_t count, int64_t first, int64_t n, int64_t ahead, int64_t stride, W* out);
+  void (*pack)(const T* const* rows, int64_t count, int64_t first, int64_t n, int64_t stride, W* out);
   bool (*terms)(int64_t form, double scale, const double* sqdist, const Side& rows, const Side& cols, bool among, Sums* own, Sums* theirs,
                 W* pull);
   void (*add_pull)(const W* pull, const W* own, const W* theirs, int64_t depth, W* c);
@@ -248,8 +256,8 @@ struct PairOps {
       isa::add_lanes<kLanes>(sums, rows, cols, same, sqdist);                                                                      \
     }                                                                                                                              \
     TARGET static bool bounded(const T* row, int64_t n, W limit) { return isa::bounded<T>(row, n, limit); }                        \
-    TARGET static void pack(const T* const* rows, int64_t count, int64_t first, int64_t n, int64_t ahead, int64_t stride, W* out) {               \
-      isa::pack<T>(rows, count, first, n, ahead, stride, out);                                                                            \
+    TARGET static void pack(const T* const* rows, int64_t count, int64_t first, int64_t n, int64_t stride, W* out) {               \
+      isa::pack<T, BYTES>(rows, count, first, n, stride, out);                                                                            \
     }                                                                                                                              \
     TARGET static bool terms(int64_t form, double scale, const double* d, const Side& rows, const Side& cols, bool among, Sums* o, \
                              Sums* t, W* pull) {                                                                                   \

@@ -56,9 +56,9 @@ void distances(const isa::PairOps<T>& ops, PairBuffers<T>& w, const T* const* a,
   w.a.resize(kSub * stride), w.sums.resize(kSub * kSub * ops.lanes), w.sqdist.resize(kSub * kSub);
   if (!same) w.b.resize(kSub * stride);
   for (int64_t first = 0; first < d; first += stride) {
-    const int64_t n = std::min(stride, d - first), ahead = std::min(stride, d - first - n);
-    ops.pack(a, rows, first, n, ahead, stride, w.a.data());
-    if (!same) ops.pack(b, cols, first, n, ahead, stride, w.b.data());
+    const int64_t n = std::min(stride, d - first);
+    ops.pack(a, rows, first, n, stride, w.a.data());
+    if (!same) ops.pack(b, cols, first, n, stride, w.b.data());
     ops.squares(w.a.data(), rows, same ? w.a.data() : w.b.data(), cols, same, divide_up(n, ops.width), first > 0, w.sums.data());
   }
   ops.add_lanes(w.sums.data(), rows, cols, same, w.sqdist.data());
@@ -148,13 +148,9 @@ class Contrast {
     arrange();
     total_.assign(p_.b, 0), active_.assign(p_.b, 0);
     std::fill_n(p_.pairs, p_.b, 0);
-    for (auto [grad, rows] : {std::pair{p_.mu_grad, p_.b}, std::pair{p_.partner_grad, p_.n}}) {
-      if (grad == nullptr) continue;
-      for_each(workers_.size(), divide_up(rows, kSub), [&, grad = grad, rows = rows](int64_t, int64_t task) {
-        std::fill(grad + task * kSub * p_.d, grad + std::min(rows, (task + 1) * kSub) * p_.d, W{0});
-      });
-    }
     const Points& partners = p_.among ? own_ : partners_;
+    if (p_.mu_grad) clear_untouched(own_, p_.b, partners, p_.mu_grad);
+    if (p_.partner_grad) clear_untouched(partners, p_.n, own_, p_.partner_grad);
     for (int64_t i = 0; i < own_.size(); i += kBlock) {
       for (int64_t j = p_.among ? i : 0; j < partners.size(); j += kBlock) {
         block({i, std::min(own_.size(), i + kBlock)}, partners, {j, std::min(partners.size(), j + kBlock)});
@@ -276,40 +272,56 @@ class Contrast {
     }
   }
 
-  // grad_i += 2 scale sum_j pull_ij (own_i - theirs_j)
+  // The rows that `gather` will not write.
+  void clear_untouched(const Points& own, int64_t count, const Points& theirs, W* grad) const {
+    for (int64_t i = 0; i < count; ++i) {
+      if (own.odd[i] || theirs.size() == 0) std::fill_n(grad + i * p_.d, p_.d, W{0});
+    }
+  }
+
+  // grad_i = or, beyond the first block, += 2 scale sum_j pull_ij (own_i - theirs_j)
   void gather(const Points& own, Range rows, const Points& theirs, Range cols, const Pulls& pulls, W* grad) {
     const int64_t strips = divide_up(p_.d, kStrip), subs = divide_up(rows.size(), kSub);
     const int64_t parts = std::clamp<int64_t>(8 / strips, 1, subs);  // of the rows: few columns are work for threads, too
     for_each(workers_.size(), strips * parts, [&](int64_t w, int64_t task) {
-      const int64_t strip = task / parts * kStrip, part = task % parts;
+      const int64_t first = task / parts * kStrip, part = task % parts;
       const Range some{rows.begin + part * subs / parts * kSub, std::min(rows.end, rows.begin + (part + 1) * subs / parts * kSub)};
-      for (int64_t first = strip; first < std::min(p_.d, strip + kStrip); first += ops_.pull_cols) {
-        gather_strip(workers_[w], own, rows.begin, some, theirs, cols, pulls, first, grad);
-      }
+      gather_strips(workers_[w], own, rows.begin, some, theirs, cols, pulls, {first, std::min(p_.d, first + kStrip)}, grad);
     });
   }
 
-  void gather_strip(Worker& w, const Points& own, int64_t begin, Range rows, const Points& theirs, Range cols, const Pulls& pulls,
-                    int64_t first, W* grad) const {
-    const int64_t width = ops_.pull_cols, n = std::min(width, p_.d - first), height = ops_.pull_rows;
-    w.own.resize(kBlock * width), w.theirs.resize(kBlock * width), w.sums.resize(height * width);
-    ops_.pack(theirs.row.data() + cols.begin, cols.size(), first, n, 0, width, w.theirs.data());
+  void gather_strips(Worker& w, const Points& own, int64_t begin, Range rows, const Points& theirs, Range cols, const Pulls& pulls,
+                     Range columns, W* grad) const {
+    const int64_t width = ops_.pull_cols, height = ops_.pull_rows;
     const bool shared = &own == &theirs && begin == cols.begin;
-    if (!shared) ops_.pack(own.row.data() + rows.begin, rows.size(), first, n, 0, width, w.own.data());
-    const W* own_strip = shared ? w.theirs.data() + (rows.begin - begin) * width : w.own.data();
+    w.theirs.resize(kBlock * kStrip), w.sums.resize(height * width);
+    ops_.pack(theirs.row.data() + cols.begin, cols.size(), columns.begin, columns.size(), width, w.theirs.data());
+    if (!shared) {
+      w.own.resize(kBlock * kStrip);
+      ops_.pack(own.row.data() + rows.begin, rows.size(), columns.begin, columns.size(), width, w.own.data());
+    }
     const W factor = static_cast<W>(2 * p_.scale);
-    for (int64_t i = rows.begin; i < rows.end; i += height) {
-      const bool* any = pulls.any[(i - begin) / kSub];
-      std::fill(w.sums.begin(), w.sums.end(), W{0});
-      for (int64_t j = 0; j < cols.size(); j += kSub) {
-        if (!any[j / kSub]) continue;
-        const W* pull = panel(pulls.panel.data(), i - begin) + j * height;
-        ops_.add_pull(pull, own_strip + (i - rows.begin) * width, w.theirs.data() + j * width, std::min(kSub, cols.size() - j),
-                      w.sums.data());
-      }
-      for (int64_t r = 0; r < std::min(height, rows.end - i); ++r) {
-        W* out = grad + own.index[i + r] * p_.d + first;
-        for (int64_t k = 0; k < n; ++k) out[k] += factor * w.sums[r * width + k];
+    for (int64_t strip = 0; strip < columns.size(); strip += width) {
+      const W* their_strip = w.theirs.data() + strip * cols.size();
+      const W* own_strip = shared ? their_strip + (rows.begin - begin) * width : w.own.data() + strip * rows.size();
+      const int64_t n = std::min(width, columns.size() - strip);
+      for (int64_t i = rows.begin; i < rows.end; i += height) {
+        const bool* any = pulls.any[(i - begin) / kSub];
+        std::fill(w.sums.begin(), w.sums.end(), W{0});
+        for (int64_t j = 0; j < cols.size(); j += kSub) {
+          if (!any[j / kSub]) continue;
+          const W* pull = panel(pulls.panel.data(), i - begin) + j * height;
+          ops_.add_pull(pull, own_strip + (i - rows.begin) * width, their_strip + j * width, std::min(kSub, cols.size() - j), w.sums.data());
+        }
+        for (int64_t r = 0; r < std::min(height, rows.end - i); ++r) {
+          W* out = grad + own.index[i + r] * p_.d + columns.begin + strip;
+          const W* sums = w.sums.data() + r * width;
+          if (cols.begin == 0) {
+            for (int64_t k = 0; k < n; ++k) out[k] = factor * sums[k];
+          } else {
+            for (int64_t k = 0; k < n; ++k) out[k] += factor * sums[k];
+          }
+        }
       }
     }
   }
