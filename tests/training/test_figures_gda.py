@@ -79,7 +79,9 @@ def test_from_the_data_to_the_table(tmp_path, capsys):
             assert image.format == "PNG"
 
 
-def test_what_the_classifiers_see(tmp_path, quick, runs):
+def test_what_the_classifiers_see(tmp_path, quick, runs, monkeypatch):
+    judged = []
+    monkeypatch.setattr(figures_gda, "agreement", lambda net, images, labels, *_: judged.append((images, labels)) or [1.0, None])
     command = ["figures", "gda", "--rows", "DDPM", "CBDM", "--samples", "1110", "--out", str(tmp_path), "--no-progress", "--seeds", "3"]
     assert main(command) == 0
     assert [name for name, *_ in quick] == ["full-3", "LT-3", "DDPM-3", "CBDM-3"]
@@ -90,6 +92,7 @@ def test_what_the_classifiers_see(tmp_path, quick, runs):
     assert torch.equal(seen["DDPM"][0][:LT], tail.images)
     torch.testing.assert_close(seen["DDPM"][0][LT:], samples.float() / 127.5 - 1)
     assert torch.equal(seen["DDPM"][1], torch.cat([tail.labels, labels]))
+    assert len(judged) == 2 and torch.equal(judged[0][0], seen["DDPM"][0][LT:]) and torch.equal(judged[0][1], labels)
     test = data.test_set("digits-train-lt").images.flatten(1)
     for images, _ in seen.values():
         assert torch.cdist(images.flatten(1), test).min() > 0  # nobody trains on a test image

@@ -87,6 +87,14 @@ def test_resnet32_is_that_of_cifar():
     assert [shapes[i] for i in (7, 12, 17, -1)] == [(16, 32, 32), (32, 16, 16), (64, 8, 8), (10,)]
 
 
+def test_a_shortcut_has_no_weights():
+    """Every second pixel, and as many new channels of zeros before the old ones as after them."""
+    block, x = recognition.Block(16, 32).eval(), torch.rand(2, 16, 6, 6, generator=torch.Generator().manual_seed(0))
+    nn.init.zeros_(block.conv2.weight)
+    out = block(x)
+    assert torch.equal(out[:, 8:24], x[..., ::2, ::2]) and not out[:, :8].any() and not out[:, 24:].any()
+
+
 def test_auto_networks():
     kinds = {size: type(recognition.build(Recipe(epochs=1), (3, size, size), 5, seed=0)).__name__ for size in (8, 32)}
     assert kinds == {8: "SmallNet", 32: "ResNet32"}
@@ -154,8 +162,12 @@ def test_digits_are_learnt():
 def test_bits_are_a_function_of_seed_and_stage():
     images, labels = some_images()
     train = lambda **changes: weights_of(train_classifier(images, labels, 4, TINY, progress=False, **{"seed": 0, **changes}))  # noqa: E731
+    before = torch.get_rng_state()
     first = train()
-    torch.rand(3)  # the global generator is nobody's
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator is nobody's
+    torch.rand(3)
+    networks = [weights_of(recognition.build(TINY, (1, 8, 8), 4, seed)) for seed in (0, 0, 1)]
+    assert torch.equal(networks[0], networks[1]) and not torch.equal(networks[0], networks[2])
     assert torch.equal(train(), first) and not torch.equal(train(seed=1), first) and not torch.equal(train(stage="other"), first)
 
 
