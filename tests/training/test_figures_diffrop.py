@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import ltkernels
-from training import checkpoint, config, evaluate, figures_diffrop, figures_runs, run_images
+from training import checkpoint, config, evaluate, figures_diffrop, figures_runs, plots, run_images
 from training.__main__ import main
 from training.runfolder import open_folder
 
@@ -134,11 +134,18 @@ def features(monkeypatch):
     monkeypatch.setattr(evaluate, "net_of", lambda reference, settings: evaluate.FeatureNet("projection", project))
 
 
+def swept_panels(folder):
+    return json.loads((folder / "omega.json").read_text())["panels"]
+
+
 def test_guidance(tmp_path, capsys, monkeypatch, features):
     """At the run's own w the sweep has the run's own figures, so its noise is the run's; nothing is sampled twice."""
-    tiny = ["--steps", "8", "--batch-size", "16", "--width", "8", "--samples", "100", "--sample-steps", "3", "--timesteps", "50"]
-    tiny += ["--omega", ".8", "--cache", str(tmp_path / "cache"), "--omegas", "0", ".8", "3"]
-    monkeypatch.setattr(evaluate.metrics, "prd", lambda *args, **options: (0.5, 0.5))  # most of the time
+    tiny = ["--steps", "8", "--batch-size", "16", "--width", "8", "--samples", "60", "--sample-steps", "3", "--timesteps", "50"]
+    tiny += ["--omega", ".8", "--cache", str(tmp_path / "cache"), "--omegas", ".8", "3"]
+    monkeypatch.setattr(evaluate.metrics, "prd", lambda *args, **options: (0.5, 0.5))  # it and pictures are most of the time
+    monkeypatch.setattr(evaluate, "draw", lambda *args: None)
+    monkeypatch.setattr(plots, "tiles", lambda *args: None)
+    monkeypatch.setattr(plots, "loss_curves", lambda *args: None)
     command = [*COMMAND, str(tmp_path / "out"), "--parts", "omega", *tiny, "--seeds"]
     assert main([*command, "0", "1"]) == 0
     text, panels = capsys.readouterr().out, read(tmp_path / "out", "omega")["panels"]
@@ -147,22 +154,23 @@ def test_guidance(tmp_path, capsys, monkeypatch, features):
         own = [json.loads((tmp_path / "out" / f"{name}-{seed}" / "metrics.json").read_text()) for seed in (0, 1)]
         for figure in figures_diffrop.SWEPT:
             assert panels[figure][figures_diffrop.NAMES[name]]["0.8"] == [one[figure] for one in own]
-        assert own[0]["f8"] == 0.5 and panels["fid"][figures_diffrop.NAMES[name]]["0"] != [one["fid"] for one in own]
+        assert own[0]["f8"] == 0.5 and panels["fid"][figures_diffrop.NAMES[name]]["3"] != [one["fid"] for one in own]
     swept = json.loads((tmp_path / "out" / "ddpm-1" / "omega-3" / "metrics.json").read_text())
     assert swept["guidance"] == 3 and swept["f8"] is None and swept["remarks"]["f8"] == "not asked for"
-    assert "seeds 0, 1; 100 samples, features: projection" in text and "| fid, digits-lt, ω = | 0 | 0.8 | 3 |" in text
+    assert "seeds 0, 1; 60 samples, features: projection" in text and "| fid, digits-lt, ω = | 0.8 | 3 |" in text
 
     monkeypatch.setattr(run_images, "sample_run", lambda *args, **options: pytest.fail("sampled again"))
-    assert main([*command, "1"]) == 0 and read(tmp_path / "out", "omega")["panels"]["fid"]["CBDM"]["3"] == panels["fid"]["CBDM"]["3"][1:]
+    monkeypatch.setattr(plots, "curves", lambda *args, **options: None)
+    assert main([*command, "1"]) == 0 and swept_panels(tmp_path / "out")["fid"]["CBDM"]["3"] == panels["fid"]["CBDM"]["3"][1:]
     capsys.readouterr()
 
     of = [str(tmp_path / "out" / name) for name in ("cbdm-1", "diffrop-0")]
-    chosen = [*COMMAND, str(tmp_path / "other"), "--parts", "omega", "--omegas", "3", "0", "--runs", *of]
+    chosen = [*COMMAND, str(tmp_path / "other"), "--parts", "omega", "--omegas", "3", ".8", "--runs", *of]
     assert main(chosen) == 0
-    text, other = capsys.readouterr().out, read(tmp_path / "other", "omega")["panels"]["fid"]
-    assert other == {of[0]: {"3": panels["fid"]["CBDM"]["3"][1:], "0": panels["fid"]["CBDM"]["0"][1:]}, of[1]: other[of[1]]}
+    text, other = capsys.readouterr().out, swept_panels(tmp_path / "other")["fid"]
+    assert other == {of[0]: {"3": panels["fid"]["CBDM"]["3"][1:], "0.8": panels["fid"]["CBDM"]["0.8"][1:]}, of[1]: other[of[1]]}
     assert other[of[1]]["3"] == panels["fid"]["+ DiffROP"]["3"][:1]
-    assert text.startswith("100 samples, features: projection") and f"| {of[0]} | {other[of[0]]['3'][0]:.3f} |" in text
+    assert text.startswith("60 samples, features: projection") and f"| {of[0]} | {other[of[0]]['3'][0]:.3f} |" in text
 
 
 @pytest.mark.parametrize(
