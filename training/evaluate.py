@@ -286,9 +286,19 @@ def _check(samples: Tensor, labels: Tensor, dataset: data.Dataset, reference: da
 
 def find_reference(settings: ImageConfig) -> data.Dataset:
     """The images to compare a run's samples with, if whatever else evaluation reads is there, too."""
+    check_inception(settings)
+    return data.balanced_reference(settings.dataset, root=settings.root, image_size=settings.image_size)
+
+
+def check_reference(settings: ImageConfig) -> None:
+    """Raises what `find_reference` would, without decoding the images of a folder."""
+    check_inception(settings)
+    data.check_reference(settings.dataset, root=settings.root, image_size=settings.image_size)
+
+
+def check_inception(settings: ImageConfig) -> None:
     if settings.inception is not None and not Path(settings.inception).is_file():
         raise FileNotFoundError(f"evaluate: no such file of Inception's weights: {settings.inception}")
-    return data.balanced_reference(settings.dataset, root=settings.root, image_size=settings.image_size)
 
 
 def score(folder: Path, settings: ImageConfig, dataset: data.Dataset, samples: Tensor, labels: Tensor, prd: bool = True) -> dict:

@@ -54,11 +54,11 @@ class Rows:
     def path(self, name: str, seed: int, suffix: str = "") -> Path:
         return self.folder / f"{name}-{seed}{suffix}"
 
-    def run(self, name: str, seed: int, suffix: str = "", **changes) -> dict:
+    def run(self, name: str, seed: int, suffix: str = "", evaluate: bool = True, **changes) -> dict:
         """metrics.json of the run of one row, from the disk if it is there."""
         method, own = self.methods[name]
         out = self.path(name, seed, suffix)
-        here = {"seed": seed, "out": str(out), "resume": (out / "config.json").exists(), "overwrite": False, "evaluate": True}
+        here = {"seed": seed, "out": str(out), "resume": (out / "config.json").exists(), "overwrite": False, "evaluate": evaluate}
         one = configured(method, self.settings, **{**own, **changes}, **here)
         finished = out / "metrics.json"
         if not finished.exists():

@@ -68,7 +68,7 @@ def images(method: str, settings: ImageConfig, preset: ImageConfig) -> dict | No
 def begin(method: str, settings: ImageConfig, preset: ImageConfig, dataset: data.Dataset) -> None:
     """The run's folder. A wrong call leaves none behind, and nobody trains for days to learn that the samples cannot be evaluated."""
     if settings.evaluate:
-        evaluate.find_reference(settings)
+        evaluate.check_reference(settings)
     open_folder(method, settings, preset, dataset)
 
 

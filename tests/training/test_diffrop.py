@@ -254,7 +254,8 @@ def test_the_other_forms_push_at_the_truth(form, slope):
 def test_the_toy_is_that_of_the_loss(form):
     m1, m2 = torch.tensor([-0.3, 0.4], dtype=torch.float64), torch.tensor([0.9, 2.5, 0.1], dtype=torch.float64)
     surface = toy.landscape(form, m1, m2, tau=0.7, sigma=1.3, **FORMS[form]) - toy.landscape(None, m1, m2, sigma=1.3)
-    method = DiffROP(form, tau0=0.7, tau_schedule="const", distance="kl", variance=torch.full((2,), 1.69, dtype=torch.float64), **FORMS[form])
+    variance = torch.full((2,), 1.69, dtype=torch.float64)
+    method = DiffROP(form, tau0=0.7, tau_schedule="const", distance="kl", variance=variance, **FORMS[form])
     for i in range(2):
         for j in range(3):
             pair = torch.stack([m1[i], m2[j]])[:, None]
@@ -356,7 +357,8 @@ def test_reforward_is_algorithm_1(noise):
     _, figures = stage.loss(0, rng_of())
     assert len(calls) == 1 + 8 and figures["pairs"] == number > 10
     torch.testing.assert_close(figures["loss_pcl"].double(), total / number, rtol=1e-5, atol=0)
-    mine, theirs = (torch.autograd.grad(value, list(net.parameters()), retain_graph=True) for value in (figures["loss_pcl"], total / number))
+    params, values = list(net.parameters()), (figures["loss_pcl"], total / number)
+    mine, theirs = (torch.autograd.grad(value, params, retain_graph=True) for value in values)
     torch.testing.assert_close(torch.cat([g.flatten() for g in mine]), torch.cat([g.flatten() for g in theirs]), rtol=1e-3, atol=1e-6)
 
 

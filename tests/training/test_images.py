@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from training import checkpoint, config, data, loop, run_images
+from training import checkpoint, config, data, evaluate, loop, run_images
 from training.__main__ import main
 from training.config import IMAGE_CONFIGS as KINDS
 from training.config import IMAGE_PRESETS, T2HConfig
@@ -273,6 +274,23 @@ def test_features_are_no_images(tmp_path, capsys):
     np.savez(tmp_path / "f.npz", features=np.zeros((4, 3), np.float32), labels=np.arange(4))
     assert run("ddpm", tmp_path / "run", "--dataset", f"features:{tmp_path / 'f.npz'}") == 2
     assert "ddpm: expected a data set of images" in capsys.readouterr().err
+
+
+def test_the_reference_is_looked_for_without_decoding_a_folder(tmp_path, monkeypatch):
+    for number in range(4):
+        (tmp_path / "images" / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / "images" / str(number % 2) / f"{number}.png")
+    settings = KINDS["ddpm"](dataset=f"folder-lt:{tmp_path / 'images'}", image_size=4)
+    assert len(evaluate.find_reference(settings)) == 4
+    monkeypatch.setattr(data, "_read_image", lambda *arguments: pytest.fail("decoded"))
+    evaluate.check_reference(settings)
+    with pytest.raises(FileNotFoundError, match="no such file of Inception's weights: nowhere"):
+        evaluate.check_reference(dataclasses.replace(settings, inception="nowhere"))
+    (tmp_path / "images" / "1" / "4.png").write_text("no image")
+    with pytest.raises(ValueError, match="cannot read image .*4.png"):
+        evaluate.check_reference(settings)
+    with pytest.raises(FileNotFoundError, match="cifar10: no intact copy"):
+        evaluate.check_reference(KINDS["ddpm"](dataset="cifar10-lt", root=str(tmp_path)))
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

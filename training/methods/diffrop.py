@@ -8,8 +8,7 @@ option of DiffROPConfig, marked R1..R15.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -167,11 +166,10 @@ class Separate(Denoise):
 
     def reforwarded(self, batch, mu):
         """Algorithm 1 to the letter (R1): the partners of every row are noised to its own t, a forward of the whole batch a row."""
-        total = mu.new_zeros(())
+        total, noise = mu.new_zeros(()), batch.whole_eps
         for i in range(len(mu)):
-            t, eps = batch.t[i].expand_as(batch.whole_t), batch.whole_eps
-            eps = eps[batch.offset + i].expand_as(eps) if self.config.pcl_noise == "shared" else eps
-            there = dataclasses.replace(batch, x_t=self.diffusion.add_noise(batch.whole_x0, eps, t), t=t, augment=batch.whole_augment)
+            t, eps = batch.t[i].expand_as(batch.whole_t), noise[batch.offset + i] if self.config.pcl_noise == "shared" else noise
+            there = replace(batch, x_t=self.diffusion.add_noise(batch.whole_x0, eps, t), t=t, augment=batch.whole_augment)
             output = self.predict(there, batch.whole_label)
             partners = self.pcl.rows(self.diffusion, there.x_t, output, t, self.config.prediction)
             row = slice(i, i + 1)
@@ -180,15 +178,14 @@ class Separate(Denoise):
 
     def loss(self, step, rng):
         loss, figures = super().loss(step, rng)
-        every = self.config.pcl_ratio_every
-        if every and step % every == 0:
+        if (every := self.config.pcl_ratio_every) and step % every == 0:
             norms = [self.gradient_norm(figures[name]) for name in ("loss_pcl", "loss_mse")]
             figures["pcl_ratio"] = norms[0] / norms[1]
         return loss, figures
 
     def gradient_norm(self, term):
         params = [param for param in self.modules["net"].parameters() if param.requires_grad]
-        gradients = torch.autograd.grad(term, params, retain_graph=True, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(term, params, retain_graph=True, materialize_grads=True)
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         ranks.average([flat])
         return flat.norm()
