@@ -6,18 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-import ltkernels
 from training import checkpoint, config, evaluate, figures_diffrop, figures_runs, plots, run_images
 from training.__main__ import main
 from training.runfolder import open_folder
 
 COMMAND = ["figures", "diffrop", "--no-progress", "--out"]
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with ltkernels.backend("reference"):
-        yield
 
 
 def read(folder, part):
