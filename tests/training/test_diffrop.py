@@ -471,7 +471,7 @@ def test_reweighting_takes_the_long_tailed_counts(tmp_path):
 
 
 def test_diffaug_is_the_released_one():
-    """Against the released functions, applied to single images with the numbers drawn here."""
+    """Against its steps written out for single images, with the numbers drawn here."""
     x = torch.rand(200, 3, 13, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     out = diff_augment(x, torch.Generator().manual_seed(5))
     u = torch.rand(200, 7, generator=torch.Generator().manual_seed(5))
