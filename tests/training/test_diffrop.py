@@ -471,24 +471,24 @@ def test_reweighting_takes_the_long_tailed_counts(tmp_path):
 
 
 def test_diffaug_is_the_released_one():
-    """Against the released functions, applied to single images with the numbers drawn here."""
-    x = torch.rand(64, 3, 9, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    """Against its steps written out for single images, with the numbers drawn here."""
+    x = torch.rand(200, 3, 13, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     out = diff_augment(x, torch.Generator().manual_seed(5))
-    u = torch.rand(64, 7, generator=torch.Generator().manual_seed(5))
+    u = torch.rand(200, 7, generator=torch.Generator().manual_seed(5))
     places = []
-    for i in range(64):
+    for i in range(200):
         z = x[i] + (u[i, 0] - 0.5)
         z = (z - z.mean(0, keepdim=True)) * (u[i, 1] * 2) + z.mean(0, keepdim=True)
         z = (z - z.mean()) * (u[i, 2] + 0.5) + z.mean()
-        down, right = int(u[i, 3] * 3) - 1, int(u[i, 4] * 3) - 1  # an eighth of 9 and of 8 is 1
-        padded = torch.zeros(3, 11, 10)
-        padded[:, 1:10, 1:9] = z
-        z = padded[:, 1 - down : 10 - down, 1 - right : 9 - right].clone()
-        row, column = int(u[i, 5] * 9), int(u[i, 6] * 9)  # 0..9 - 1 for the odd side 5, 0..8 for the even side 4
-        z[:, max(row - 2, 0) : max(row + 3, 0), max(column - 2, 0) : max(column + 2, 0)] = 0
+        down, right = int(u[i, 3] * 5) - 2, int(u[i, 4] * 3) - 1  # an eighth of 13, rounded, is 2
+        padded = torch.zeros(3, 17, 10)
+        padded[:, 2:15, 1:9] = z
+        z = padded[:, 2 - down : 15 - down, 1 - right : 9 - right].clone()
+        row, column = int(u[i, 5] * 13), int(u[i, 6] * 9)  # 0 to 13 - 1 for the odd side 7, 0 to 8 for the even side 4
+        z[:, max(row - 3, 0) : max(row + 4, 0), max(column - 2, 0) : max(column + 2, 0)] = 0
         torch.testing.assert_close(out[i], z, rtol=1e-5, atol=1e-5)
         places.append((down, right, row, column))
-    assert len({place[:2] for place in places}) == 9 and {place[2] for place in places} == set(range(9))
+    assert len({place[:2] for place in places}) == 15 and {place[2] for place in places} == set(range(13))
     grey = torch.rand(8, 1, 8, 8)
     assert torch.equal(diff_augment(grey, torch.Generator().manual_seed(1)), diff_augment(grey, torch.Generator().manual_seed(1)))
 
