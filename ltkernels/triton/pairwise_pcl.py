@@ -7,12 +7,12 @@
     _pull      what the coefficients make of the differences of the rows
 
 Distances and gradients come from direct differences: close rows far from the origin keep their digits, which no expansion on tensor cores
-gives without proof. Both triangles are computed, no atomics are needed, and each distance is computed once: the coefficients of a panel of
-columns, all rows by COLUMNS or COEFFICIENTS of them in all, are kept for `_pull`, which adds them to the gradient before the next panel takes
-their place. What is transposed is a copy of mu and the panel of other.
+gives without proof. Both triangles are computed, so no atomics are needed, but no distance twice for the gradient's sake: the coefficients
+of a panel of columns (COEFFICIENTS, or COLUMNS for each row where that is more) are kept for `_pull`, which adds up what they make of the
+differences before the next panel takes their place. What is transposed is a copy of mu, and the panel's rows of other.
 
-A distance is a function of its two rows, bit for bit, and sums over a row or a column are made of parts of COLUMNS and SEGMENT whatever the
-card, the tiles and the panels. Nothing waits for the GPU.
+A distance is a function of its two rows, bit for bit. Sums over a row are made of parts of COLUMNS, gradients of parts of SEGMENT, whatever
+the card, the tiles and the panels. Nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .pairwise_pcl_kernels import _pairs, _pull, _sqdist, _sums
 from .score_select import SLAB, _empty, _packed, _tile_rows
 
 COLUMNS = 128  # of a tile of pairs; sums over a row are made of such parts
-STEP = 16  # coordinates whose squares are added up before the sum is compensated: a distance is within 12 units of 2^-24
+STEP, RUN = 32, 8  # coordinates whose squares are added up before the sum is compensated, and those added up straight
 SEGMENT = 128  # pairs whose pull is added up before it is added to the gradient
 COEFFICIENTS = 2**16  # of a panel, unless one column of tiles has more
-TILE = dict(BN=COLUMNS, STEP=STEP, UNROLLED=8, num_warps=1, maxnreg=255)  # noqa: C408
+TILE = dict(BN=COLUMNS, STEP=STEP, RUN=RUN, num_warps=1, maxnreg=255)  # noqa: C408
 
 
 def _width(n_rows: int, d: int, coefficients: bool) -> int:
@@ -59,7 +59,8 @@ def pair_sqdist(x, y) -> Tensor:
             stride = _padded(len(piece))
             packed_y, _ = _packed(piece, stride)
             _sqdist[(row_tiles * (stride // COLUMNS),)](
-                packed_x, packed_y, out[:, first:], n_rows, len(piece), depth, _padded(n_rows), stride, n_columns, row_tiles, BM=rows, **TILE
+                packed_x, packed_y, out[:, first:], n_rows, len(piece), depth, _padded(n_rows), stride, n_columns, row_tiles,
+                BM=rows, **TILE,
             )  # fmt: skip
     return out
 
