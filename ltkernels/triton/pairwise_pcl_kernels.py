@@ -92,7 +92,7 @@ def _pairs(
     valid = row < n_rows
     theirs = column < n_columns
     mine = tl.load(labels + row, mask=valid, other=0)[:, None]
-    counts = (mine != tl.load(their_labels + column, mask=theirs, other=0)[None, :]) & valid[:, None] & theirs[None, :]
+    counts = (mine != tl.load(their_labels + column, mask=theirs, other=0)[None, :]) & theirs[None, :]  # nobody reads rows beyond n_rows
     if group is not None:
         mine = tl.load(group + row, mask=valid, other=0)[:, None]
         counts = counts & (mine == tl.load(their_group + column, mask=theirs, other=0)[None, :])
