@@ -11,6 +11,8 @@ import torch
 from rules import Needs
 from sass import ARCHS
 
+from ltkernels.reference import PCL_FORMS
+
 MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}  # the card's own; mma.sync is HMMA on all
 
 
@@ -58,6 +60,32 @@ def score_select(monkeypatch, arch, n_rows, n_columns, d, dtype, log_prior):
     return run
 
 
+def pairwise_pcl(monkeypatch, arch, n_rows, n_partners, d, dtype, form, group, other):
+    backend = importlib.import_module("ltkernels.triton.pairwise_pcl")
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def row_of_integers(n):
+        return meta(n, dtype=torch.int64)
+
+    monkeypatch.setattr(backend, "_guard", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(backend, "_multiprocessors", lambda *_: 132)
+    mu, partners = meta(n_rows, d, dtype=dtype), meta(n_partners, d, dtype=dtype)
+    labelled = mu, row_of_integers(n_rows), row_of_integers(n_rows) if group else None
+    theirs = partners, row_of_integers(n_partners), row_of_integers(n_partners) if group else None
+    margin = meta(n_rows) if PCL_FORMS[form] == "hinge" else None
+
+    def run():
+        backend.pair_sqdist(mu, partners)
+        for grad in (False, True):
+            backend.pcl_rows(
+                *labelled, meta(n_rows), margin, *(theirs if other else (None,) * 3), form, 1 / d, grad, grad and other
+            )  # fmt: skip
+
+    return run
+
+
 EXPECTED = {
     "knn_kde": Op(
         cuda={
@@ -100,5 +128,21 @@ EXPECTED = {
             "odd sizes": (5003, 5003, 13, torch.float16, False),
         },
         call=score_select,
+    ),
+    "pairwise_pcl": Op(
+        cuda={},
+        triton={
+            **{f"_pairs<{form}>": Needs() for form in PCL_FORMS},
+            **dict.fromkeys(("_pack", "_sqdist", "_sums", "_pull"), Needs()),
+        },
+        # rows, partners, d, dtype, form, group, other. Small batches have tiles of 2 rows, others of 8
+        variants={
+            "a batch": (512, 512, 3072, torch.bfloat16, 0, False, False),
+            "a batch, weighted by time": (128, 128, 12_288, torch.float32, 1, True, False),
+            "against all ranks": (512, 4096, 3072, torch.float32, 2, True, True),
+            "odd sizes, against others": (5003, 7001, 13, torch.float16, 3, False, True),
+            "one coordinate": (5003, 5003, 1, torch.float32, 2, True, False),
+        },
+        call=pairwise_pcl,
     ),
 }
