@@ -101,4 +101,10 @@ EXPECTED = {
         },
         call=score_select,
     ),
+    "pairwise_pcl": Op(
+        cuda=dict.fromkeys(("sqdist_kernel<", "pair_kernel<", "rows_kernel", "pull_kernel<"), Needs()),
+        triton={},
+        variants={},
+        call=None,
+    ),
 }
