@@ -1,9 +1,12 @@
 """What is particular to pairwise_pcl on the fibers: half types, a loss without its gradient, and that a batch may be cut anywhere."""
 
 import numpy as np
+import pairwise_pcl
 import pytest
 import simt_host
 from pairwise_pcl import CASES, ENTRY, HALVES, run_half, solve
+
+from ltkernels.reference import PCL_FORMS
 
 pytestmark = pytest.mark.skipif(simt_host.missing() is not None, reason=str(simt_host.missing()))
 
@@ -17,6 +20,11 @@ def library():
 def test_half_types(library, dtype):
     simt_host.schedule(library, "random")
     run_half(library, dtype)
+
+
+def test_numbers_of_the_forms():
+    """What run_case takes them for is what Python calls them."""
+    assert [getattr(pairwise_pcl, name.upper()) for name in PCL_FORMS] == list(range(len(PCL_FORMS)))
 
 
 def same(found, expected, names: str, first: int = 0) -> None:
