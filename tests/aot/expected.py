@@ -130,7 +130,7 @@ EXPECTED = {
         call=score_select,
     ),
     "pairwise_pcl": Op(
-        cuda={},
+        cuda=dict.fromkeys(("sqdist_kernel<", "pair_kernel<", "rows_kernel", "pull_kernel<"), Needs()),
         triton={
             **{f"_pairs<{form}>": Needs() for form in PCL_FORMS},
             **dict.fromkeys(("_pack", "_sqdist", "_sums", "_pull"), Needs()),
