@@ -25,6 +25,7 @@ import ltkernels
 from . import checkpoint, config, data, metrics, plots
 from .classifier import load_classifier
 from .config import ImageConfig, short_name
+from .dumps import read_images, read_statistics
 from .loop import generator
 from .runfolder import aligned
 
@@ -139,6 +140,7 @@ def evaluate_images(
     seed: int = 0,
     round: bool = True,
     prd: bool = True,
+    statistics: metrics.Moments | None = None,
     cache: Path | None = None,
     progress: bool = False,
 ) -> dict:
@@ -146,8 +148,8 @@ def evaluate_images(
 
     dataset: the long-tailed training set, whose counts make head, med and tail (`rule`) and whose images may have been copied. reference:
     the balanced images. split_ref: what the figures of groups and classes are compared with, these or the training images ("lt").
-    round: float images become 8-bit ones first, as the reference's are. prd: f8 and f1_8, which take most of the time. What is not computed
-    is None, and `remarks` says why.
+    round: float images become 8-bit ones first, as the reference's are. prd: f8 and f1_8, which take most of the time. statistics: for `fid`,
+    in place of the reference's. What is not computed is None, and `remarks` says why.
     """
     _check(samples, labels, dataset, reference, split_ref)
     samples = to_uint8(samples) if samples.is_floating_point() and round else samples
@@ -159,7 +161,7 @@ def evaluate_images(
     }  # fmt: skip
     record = lambda names, compute: _record(out, names, compute)  # noqa: E731
 
-    record(["fid"], lambda: _fid(features, real_moments))
+    record(["fid"], lambda: _fid(features, statistics or real_moments))
     record(["is", "is_sd"], lambda: metrics.inception_score(probabilities[_shuffled(len(samples), seed)], SPLITS))
     mine, theirs = equal_sets(features, real, seed)
     if len(features) != len(real):
@@ -324,8 +326,14 @@ def draw(folder: Path, samples: Tensor, labels: Tensor, dataset: data.Dataset, r
         folder / "samples.png", [(label, samples[members], train[nearest[members]]) for label, members in rows], dataset.counts, groups
     )
     if any(value is not None for value in report["class_fid"]):
-        about = f"{report['n']} samples, guidance {report['guidance']:g}; features: {report['features']}; reference: {report['reference']}"
+        about = f"{said(report)}; features: {report['features']}"
         plots.class_bars(folder / "class_fid.png", {"": [report["class_fid"]]}, dataset.counts, groups, caption=about)
+
+
+def said(report: Mapping) -> str:
+    """What a report's figures are of."""
+    guidance = "guidance unknown" if report["guidance"] is None else f"guidance {report['guidance']:g}"
+    return f"{report['n']} samples, {guidance}; reference: {report['reference']}"
 
 
 def picture_rows(labels: Tensor, counts: Sequence[int], count: int = 8, at_most: int = 20) -> list[tuple[int, Tensor]]:
@@ -361,6 +369,28 @@ def evaluate_run(run: Path, **changes) -> dict:
     return figures
 
 
+def evaluate_dump(samples: Path, labels: Path | None, settings: ImageConfig, out: Path, statistics: Path | None = None) -> dict:
+    """The figures of other people's images against the data set of `settings`, into `out`: metrics.json and the pictures."""
+    from .run_images import load
+
+    dataset, reference = load("evaluate", settings), find_reference(settings)
+    images, classes, done = read_images(samples, labels, tuple(reference.images.shape[1:]))
+    moments = None if statistics is None else read_statistics(statistics)
+    net = net_of(reference, settings)
+    if moments is not None and (width := len(net(images[:1])[0][0])) != len(moments.mean):
+        raise ValueError(f"evaluate: {statistics}: expected statistics of the {width} features of {net.name}; got {len(moments.mean)}")
+    figures = evaluate_images(
+        images, classes, dataset, reference, net, guidance=None, rule=settings.split_rule, split_ref=settings.split_ref, seed=settings.seed,
+        statistics=moments, cache=Path(settings.cache), progress=settings.progress,
+    )  # fmt: skip
+    if statistics is not None:
+        figures["remarks"]["fid"] = f"against the statistics of {statistics}"
+    draw(out, images, classes, dataset, figures)
+    report = {"samples": str(samples), "dataset": dataset.name, "counts": list(dataset.counts), "preprocessing": done, **figures}
+    checkpoint.write_json(out / "metrics.json", report)
+    return report
+
+
 def tabulate(reports: Mapping[str, Mapping], columns: Sequence[str] = SCORES) -> str:
     """Results as aligned text, a row each. Figures of different features are not comparable, so they are refused."""
     features = sorted({str(report.get("features")) for report in reports.values()})
@@ -370,9 +400,9 @@ def tabulate(reports: Mapping[str, Mapping], columns: Sequence[str] = SCORES) ->
 
 
 def main(arguments: Sequence[str]) -> int:
-    text = f"Score the samples of runs of {', '.join(config.IMAGE_CONFIGS)}."
+    text = f"Score the samples of runs of {', '.join(config.IMAGE_CONFIGS)}, or with --samples the images of anybody else."
     parser = argparse.ArgumentParser(prog="python -m training evaluate", description=text)
-    parser.add_argument("run", type=Path, nargs="+", help="run folder, or one that sample has written; the options default to the run's")
+    parser.add_argument("run", type=Path, nargs="*", help="run folder, or one that sample has written; the options default to the run's")
     parser.add_argument("--inception", help="file of Inception's weights, for torch-fidelity")
     parser.add_argument("--split-ref", choices=("balanced", "lt"), help="what groups and classes are compared with")
     parser.add_argument("--split-rule", choices=("tercile", "count"), help="which classes are many, med and few")
@@ -380,14 +410,39 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--root", help="folder with downloaded data sets")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--no-progress", dest="progress", action="store_false", default=None)
+    foreign = parser.add_argument_group("images that are no run's")
+    foreign.add_argument("--samples", type=Path, help=".npy of images (N, C, H, W), uint8 or float in [0, 1]")
+    foreign.add_argument("--labels", type=Path, help=".npy of their classes (N,); default: they have none")
+    foreign.add_argument("--dataset", help="what they stand for: a data set as for training; default digits-lt")
+    foreign.add_argument("--imbalance-ratio", type=float, help="of the training set; default 20 for digits, 100 elsewhere")
+    foreign.add_argument("--class-order", help="of the training set, as for training")
+    foreign.add_argument("--image-size", type=int)
+    foreign.add_argument("--seed", type=int, help="of the training set's rows and of the evaluation's draws; default 0")
+    foreign.add_argument("--statistics", type=Path, help=".npz with mu and sigma of the same features: fid is against these")
+    foreign.add_argument("--out", type=Path, help="folder for metrics.json and pictures; default: runs/evaluate-NAME")
     options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    runs, dump = options.pop("run"), {name: options.pop(name, None) for name in ("samples", "labels", "statistics", "out")}
+    if (dump["samples"] is None) == (not runs):
+        raise ValueError("evaluate: give run folders, or --samples FILE; got " + ("both" if runs else "neither"))
+    if dump["samples"] is not None:
+        chosen = options.get("dataset", "digits-lt")
+        settings = config.DDPMConfig(**{"imbalance_ratio": 20.0 if chosen.startswith("digits") else 100.0, **options})
+        out = dump["out"] or Path("runs") / f"evaluate-{dump['samples'].stem}"
+        report = evaluate_dump(dump["samples"], dump["labels"], settings, out, dump["statistics"])
+        print(f"{dump['samples']}: {report['preprocessing']}; features: {report['features']}\n{tabulate({dump['samples'].stem: report})}")
+        print(f"{said(report)}\n" + "".join(f"  {figure}: {remark}\n" for figure, remark in report["remarks"].items()), end="")
+        return 0
+    wrong = [name for name in ("dataset", "imbalance_ratio", "class_order", "image_size", "seed") if name in options]
+    wrong += [name for name, value in dump.items() if value is not None]
+    if wrong:
+        raise ValueError(f"evaluate: --{wrong[0].replace('_', '-')} goes with --samples; a run has its own")
     tables: dict[str, dict[str, dict]] = {}
-    for run in options.pop("run"):
+    for run in runs:
         figures = evaluate_run(run, **options)
         tables.setdefault(figures["features"], {})[str(run)] = figures
     for features, reports in tables.items():
         print(f"features: {features}\n{tabulate(reports)}")
         for name, report in reports.items():
-            print(f"{name}: {report['n']} samples, guidance {report['guidance']:g}, reference: {report['reference']}")
+            print(f"{name}: {said(report)}")
             print("".join(f"  {figure}: {remark}\n" for figure, remark in report["remarks"].items()), end="")
     return 0

@@ -153,12 +153,12 @@ def population_sd(values: Sequence[float]) -> float:
 class Moments(NamedTuple):
     mean: Tensor  # (F,) float64
     cov: Tensor  # (F, F) float64, unbiased
-    n: int
+    n: int | None  # None: not known
 
     @property
     def full_rank(self) -> bool:
         """Whether n rows can fill F dimensions at all."""
-        return self.n > len(self.mean)
+        return self.n is None or self.n > len(self.mean)
 
 
 def moments(features: Tensor) -> Moments:

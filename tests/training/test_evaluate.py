@@ -403,6 +403,92 @@ def test_the_command_refuses(run, tmp_path, capsys):
     assert "no such file of Inception's weights" in capsys.readouterr().err
 
 
+# ---- images that are no run's -----------------------------------------------------------------------------------------
+
+
+def dump(run, folder, kind):
+    """A run's images as somebody else would have saved them; the options for evaluate."""
+    images, labels = np.load(run / "samples.npy"), np.load(run / "sample_labels.npy")
+    if kind != "uint8":
+        images = (images / 255).astype(kind)
+    np.save(folder / "x.npy", images)
+    np.save(folder / "y.npy", labels.astype(np.int32))
+    files = ["--samples", str(folder / "x.npy"), "--labels", str(folder / "y.npy"), "--out", str(folder)]
+    return ["evaluate", *files, "--dataset", "digits-lt", "--cache", str(run.parent / "cache"), "--no-progress"]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32", "float64", "float16"])
+def test_a_dump_is_scored_as_the_run_that_it_is_from(run, tmp_path, capsys, kind):
+    assert main(["evaluate", str(run), "--no-progress", "--split-ref", "balanced", "--split-rule", "tercile"]) == 0
+    own = json.loads((run / "metrics.json").read_text())
+    assert main(dump(run, tmp_path, kind)) == 0
+    words, found = capsys.readouterr().out, json.loads((tmp_path / "metrics.json").read_text())
+    assert ("8-bit images, as they are" if kind == "uint8" else f"{kind} in [0, 1], rounded to 8 bits") in words
+    assert "120 samples, guidance unknown; reference: digits, n = 1797" in words
+    assert {**found, "guidance": own["guidance"]} == {**found, **{name: own[name] for name in FIGURES}}  # to the last digit
+    for name in ("samples.png", "class_fid.png"):
+        assert (tmp_path / name).exists()
+
+
+def test_a_dump_without_labels_and_other_statistics(run, tmp_path, capsys):
+    words = dump(run, tmp_path, "uint8")
+    del words[3:5]  # --labels
+    assert main(words) == 0
+    plain = json.loads((tmp_path / "metrics.json").read_text())
+    assert plain["fid"] > 0 and plain["fid_head"] is None and plain["remarks"]["fid_head"]
+    mean = np.zeros(64)
+    np.savez(tmp_path / "stats.npz", mu=mean, sigma=np.eye(64))
+    assert main([*words, "--statistics", str(tmp_path / "stats.npz")]) == 0
+    other = json.loads((tmp_path / "metrics.json").read_text())
+    assert other["fid"] != plain["fid"] and "stats.npz" in other["remarks"]["fid"] and other["is"] == plain["is"]
+    np.savez(tmp_path / "stats.npz", mu=mean[:9], sigma=np.eye(9))
+    assert main([*words, "--statistics", str(tmp_path / "stats.npz")]) == 2
+    assert "expected statistics of the 64 features of classifier-digits-" in capsys.readouterr().err
+    np.savez(tmp_path / "stats.npz", mean=mean)
+    assert main([*words, "--statistics", str(tmp_path / "stats.npz")]) == 2
+    assert "expected an .npz with mu and sigma" in capsys.readouterr().err
+
+
+def spoiled(images, labels, what):
+    return {
+        "channels last": (images.transpose(0, 2, 3, 1), labels), "one image": (images[0], labels), "no image": (images[:0], labels[:0]),
+        "size": (images[..., :7], labels), "integers": (images.astype(np.int64), labels), "[-1, 1]": (images / 127.5 - 1, labels),
+        "0 .. 255": (images.astype(np.float32), labels), "NaN": (np.full(images.shape, np.nan, np.float32), labels),
+        "pickle": (np.array([{}], dtype=object), labels), "too few labels": (images, labels[:-1]), "float labels": (images, labels / 1.0),
+        "label 10": (images, labels + 1),
+    }[what]  # fmt: skip
+
+
+@pytest.mark.parametrize("what, words", [
+    ("channels last", "(120, 8, 8, 1), whose channels are last: transpose(0, 3, 1, 2)"),
+    ("one image", "expected images of shape (N, 1, 8, 8); got (1, 8, 8)"),
+    ("no image", "got (0, 1, 8, 8)"),
+    ("size", "got (120, 1, 8, 7)"),
+    ("integers", "expected uint8, or floats in [0, 1]; got int64"),
+    ("[-1, 1]", "expected floats in [0, 1]; got -1 to 1: (x + 1) / 2"),
+    ("0 .. 255", "x / 255"),
+    ("NaN", "got nan to nan"),
+    ("pickle", "cannot read"),
+    ("too few labels", "expected one label an image, shape (120,); got (119,)"),
+    ("float labels", "expected an array of integers; got float64"),
+    ("label 10", "expected labels in [-1, 10); got 1 to 10"),
+])  # fmt: skip
+def test_a_wrong_dump_is_refused_by_name(run, tmp_path, capsys, what, words):
+    options = dump(run, tmp_path, "uint8")
+    images, labels = spoiled(np.load(run / "samples.npy"), np.load(run / "sample_labels.npy"), what)
+    np.save(tmp_path / "x.npy", images)
+    np.save(tmp_path / "y.npy", labels)
+    assert main(options) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "metrics.json").exists()
+
+
+def test_runs_and_dumps_do_not_mix(run, tmp_path, capsys):
+    assert main(["evaluate"]) == 2 and "got neither" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--samples", "x.npy"]) == 2 and "got both" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--dataset", "digits"]) == 2 and "--dataset goes with --samples" in capsys.readouterr().err
+    assert main(["evaluate", "--samples", str(tmp_path / "x.npy")]) == 2 and "no such file" in capsys.readouterr().err
+
+
 def test_real_images_of_the_long_tail_as_an_anchor(run):
     dataset, reference = data.load("digits-lt", imbalance_ratio=20), data.load("digits")
     out = evaluate.real_data_anchor(dataset, reference, T2HConfig(cache=str(run.parent / "cache"), progress=False))
