@@ -4,6 +4,7 @@ from .cbdm import CBDM
 from .cludi import CLUDI
 from .ddpm import DDPM
 from .dgd import DensityGuidance
+from .diffrc import DiffRC
 from .t2h import T2H
 
-__all__ = ["CBDM", "CLUDI", "DDPM", "DensityGuidance", "T2H"]
+__all__ = ["CBDM", "CLUDI", "DDPM", "DensityGuidance", "DiffRC", "T2H"]
