@@ -23,7 +23,8 @@ from .loop import generator
 
 CIFAR = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100)}  # name: torchvision class, number of classes
 NAMES = (
-    *(f"{name}[-lt]" for name in ("digits", *CIFAR, "tiny-imagenet")), "imagenet-lt", "folder[-lt]:<path>", "features[-lt]:<file.npz>",
+    *(f"{name}[-lt]" for name in ("digits", "digits-train", *CIFAR, "tiny-imagenet")),
+    "imagenet-lt", "folder[-lt]:<path>", "features[-lt]:<file.npz>",
 )  # fmt: skip
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"})
 PROFILES = ("exp", "step", "uniform")
@@ -256,7 +257,8 @@ def load(
     smallest class, so that every class can play every part (digits: 174, hence 707 images at ratio 10). order: which class is the head,
     and so on, see `class_order`; labels keep their numbers. imagenet-lt is a list of files and has all this already.
     indices: a file of `save_indices`: those rows and no others, in that order. image_size: side of a folder's images.
-    width: refuse a feature file of another width. Example: `load("digits-lt").counts[0] == 174`.
+    width: refuse a feature file of another width. digits-train is digits without the third that is its test set, see `test_set`.
+    Example: `load("digits-lt").counts[0] == 174`.
     """
     kind, _, path = name.partition(":")
     base = kind.removesuffix("-lt")
@@ -265,8 +267,8 @@ def load(
         labels, num_classes, read = _imagenet(Path(root), "train", image_size)
     elif base == "tiny-imagenet" and not path:
         labels, num_classes, read = _tiny(Path(root) / "tiny-imagenet-200", image_size)
-    elif base == "digits" and not path:
-        labels, num_classes, read = _digits()
+    elif base in ("digits", "digits-train") and not path:
+        labels, num_classes, read = _digits({"digits": "all", "digits-train": "train"}[base])
     elif base in CIFAR and not path:
         labels, num_classes, read = _cifar(base, root)
     elif base == "folder" and path:
@@ -307,6 +309,32 @@ def balanced_reference(name: str, *, root: str | Path = "data", image_size: int 
     return _taken(f"{base} validation", False, source, np.arange(len(source[0])))
 
 
+def test_set(name: str, *, root: str | Path = "data", image_size: int = 32) -> Dataset:
+    """The images that a classifier trained on `name`, with -lt or without, is tested on: no image of the training set is among them, and
+    labels have the same numbers.
+
+    digits-train: the third of digits that it lacks, the same whatever the seed is. CIFAR: its test split. tiny-imagenet: its validation
+    images. imagenet-lt: the list ImageNet_LT_test.txt. folder:PATH/train: PATH/test, whose folders are classes of PATH/train.
+    """
+    kind, _, path = name.partition(":")
+    base = kind.removesuffix("-lt")
+    if kind == "imagenet-lt" and not path:
+        source = _imagenet(Path(root), "test", image_size)
+    elif base == "tiny-imagenet" and not path:
+        source = _tiny(Path(root) / "tiny-imagenet-200", image_size, validation=True)
+    elif base == "digits-train" and not path:
+        source = _digits("test")
+    elif base in CIFAR and not path:
+        source = _cifar(base, root, train=False)
+    elif base == "folder" and Path(path).name == "train":
+        source = _test_folder(Path(path), image_size)
+    else:
+        hint = "; digits-train is digits without the images of its test set" if base == "digits" else ""
+        known = ", ".join(["digits-train", *CIFAR, "tiny-imagenet", "imagenet-lt", "folder:PATH/train"])
+        raise ValueError(f"test_set: expected a data set with a test set of its own ({known}; [-lt]); got {name!r}{hint}")
+    return _taken(f"test set of {name}", False, source, np.arange(len(source[0])))
+
+
 def _taken(name: str, features: bool, source: Source, rows: np.ndarray) -> Dataset:
     labels, num_classes, read = source
     labels, data = torch.from_numpy(labels[rows]), read(rows)
@@ -323,12 +351,23 @@ def fetch(name: str, root: str | Path = "data") -> Path:
     return Path(root)
 
 
-def _digits() -> Source:
+def _digits(part: str = "all") -> Source:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1  # (1797, 1, 8, 8), 0..16 -> [-1, 1]
-    return digits.target.astype(np.int64), 10, lambda rows: images[rows]
+    labels = digits.target.astype(np.int64)
+    held = _every_third(labels, 10)
+    chosen = np.flatnonzero({"all": np.ones_like(held), "train": ~held, "test": held}[part])
+    return labels[chosen], 10, lambda rows: images[chosen[rows]]
+
+
+def _every_third(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """(N,) bool: every third row of each class in the order of the source, so that all parts of it are in both."""
+    held = np.zeros(len(labels), dtype=bool)
+    for label in range(num_classes):
+        held[np.flatnonzero(labels == label)[2::3]] = True
+    return held
 
 
 def _torchvision_set(base: str) -> type:
@@ -339,9 +378,9 @@ def _torchvision_set(base: str) -> type:
     return getattr(datasets, CIFAR[base][0])
 
 
-def _cifar(base: str, root: str | Path) -> Source:
+def _cifar(base: str, root: str | Path, train: bool = True) -> Source:
     try:
-        source = _torchvision_set(base)(str(root), train=True, download=False)
+        source = _torchvision_set(base)(str(root), train=train, download=False)
     except RuntimeError as error:  # torchvision's word for missing or damaged files
         raise FileNotFoundError(
             f"dataset {base}: no intact copy under {root}; "
@@ -355,6 +394,16 @@ def _folder(path: Path, image_size: int) -> Source:
         raise ValueError(f"dataset folder: image_size must be >= 1; got {image_size}")
     classes, flat, labels = folder_files(path)
     return labels, len(classes), _reader(flat, image_size, path.name)
+
+
+def _test_folder(train: Path, image_size: int) -> Source:
+    """The sibling `test` of a folder `train`, with the numbers that its classes have there."""
+    classes, (own, files, labels) = folder_files(train)[0], folder_files(train.with_name("test"))
+    unknown = [name for name in own if name not in classes]
+    if unknown:
+        raise ValueError(f"test_set: {train.with_name('test')} must hold classes of {train}; got {unknown[0]}")
+    numbers = np.array([classes.index(name) for name in own])
+    return numbers[labels], len(classes), _reader(files, image_size, "test")
 
 
 def _reader(files: Sequence[Path], image_size: int, name: str) -> Callable[[np.ndarray], Tensor]:

@@ -208,8 +208,9 @@ def test_tiny_imagenet_from_a_stand_in(tmp_path):
     whole = data.load("tiny-imagenet", root=tmp_path, image_size=8)
     assert whole.counts == (6, 6, 6) and whole.images[:, 0, 0, 0].unique().numel() == 3
     assert data.load("tiny-imagenet-lt", root=tmp_path, image_size=8, imbalance_ratio=4).counts == (6, 3, 1)
-    reference = data.balanced_reference("tiny-imagenet-lt", root=tmp_path, image_size=4)
-    assert reference.labels.tolist() == [2, 0] and reference.images.shape == (2, 3, 4, 4)
+    for answer in (data.balanced_reference, data.test_set):
+        held = answer("tiny-imagenet-lt", root=tmp_path, image_size=4)
+        assert held.labels.tolist() == [2, 0] and held.images.shape == (2, 3, 4, 4)
 
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\t0\n")
     with pytest.raises(ValueError, match=r"val_annotations.txt must name classes of .*; got \['val_0.JPEG', 'n99'\]"):
@@ -230,6 +231,8 @@ def test_imagenet_lt_from_a_stand_in(tmp_path):
     lt = data.load("imagenet-lt", root=tmp_path, image_size=8, imbalance_ratio=50)  # the list is a long tail already
     assert lt.counts == (2, 1) and (lt.images[2] == 1).all() and lt.indices.tolist() == [0, 1, 2]
     assert data.balanced_reference("imagenet-lt", root=tmp_path, image_size=8).counts == (0, 1)
+    (tmp_path / "ImageNet_LT_test.txt").write_text("val/d.JPEG 1\ntrain/n01/a.JPEG 0\n")
+    assert data.test_set("imagenet-lt", root=tmp_path, image_size=8).labels.tolist() == [1, 0]
 
     (tmp_path / "ImageNet_LT_train.txt").write_text("train/n01/gone.JPEG 0\n")
     with pytest.raises(FileNotFoundError, match="names .*gone.JPEG; there is no such file"):
@@ -243,6 +246,71 @@ def test_imagenet_lt_from_a_stand_in(tmp_path):
 
 def test_balanced_references_are_the_sets_without_their_tails():
     assert len(data.balanced_reference("digits-lt")) == len(data.balanced_reference("digits")) == 1797
+
+
+def rows_of(images):
+    return {tuple(image.flatten().tolist()) for image in images}
+
+
+def test_digits_without_their_test_set():
+    test = data.test_set("digits-train")
+    train, whole = data.load("digits-train"), data.load("digits")
+    assert len(rows_of(whole.images)) == 1797  # no image is there twice, so an image says which row it is
+    assert len(train) == 1201 and len(test) == 596 and rows_of(train.images) | rows_of(test.images) == rows_of(whole.images)
+    assert test.counts == tuple(n // 3 for n in whole.counts)
+    for one in (train, test):
+        digits = {tuple(image.flatten().tolist()): label for image, label in zip(whole.images, whole.labels.tolist(), strict=True)}
+        assert [digits[tuple(image.flatten().tolist())] for image in one.images] == one.labels.tolist()
+
+
+@pytest.mark.parametrize("order", [None, "reversed", "seed:3"])
+def test_no_image_of_a_long_tail_is_in_its_test_set(order):
+    test = data.test_set("digits-train-lt")
+    head = data.class_order(order, 10)[0]
+    for seed in range(3):
+        tail = data.load("digits-train-lt", imbalance_ratio=20, seed=seed, order=order)
+        assert len(tail) == 390 and tail.counts[head] == 116 == max(tail.counts)
+        assert not rows_of(tail.images) & rows_of(test.images)
+        whole = data.load("digits-train")
+        assert torch.equal(whole.images[tail.indices], tail.images) and torch.equal(whole.labels[tail.indices], tail.labels)
+    assert torch.equal(data.test_set("digits-train").images, test.images)  # no seed, ratio or order changes it
+    reference = data.balanced_reference("digits-train-lt")
+    assert torch.equal(reference.images, whole.images) and reference.name == "digits-train"
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-lt", "folder:images", "folder:", "features:x/train", "mnist", "imagenet"])
+def test_sets_without_a_test_set(name):
+    with pytest.raises(ValueError, match=r"test_set: expected a data set with a test set of its own \(digits-train, cifar10.*got '"):
+        data.test_set(name)
+
+
+def test_digits_names_the_set_that_has_one():
+    with pytest.raises(ValueError, match="got 'digits-lt'; digits-train is digits without the images of its test set"):
+        data.test_set("digits-lt")
+
+
+def test_test_split_of_cifar(monkeypatch):
+    class StandIn:
+        def __init__(self, root, train, download):
+            assert not download
+            self.targets, self.data = [3, 1] if train else [2, 9, 0], np.full((2 if train else 3, 2, 2, 3), 255 * train, dtype=np.uint8)
+
+    monkeypatch.setattr(data, "_torchvision_set", lambda base: StandIn)
+    test = data.test_set("cifar10-lt")
+    assert test.labels.tolist() == [2, 9, 0] and (test.images == -1).all() and test.num_classes == 10
+
+
+def test_test_folder(tmp_path):
+    for name in ("train/ant", "train/bee", "train/cat", "test/bee", "test/cat"):
+        pictures(tmp_path / name, ["0.png"], 255 if name.startswith("test") else 0)
+    test = data.test_set(f"folder-lt:{tmp_path}/train", image_size=8)
+    assert test.labels.tolist() == [1, 2] and test.num_classes == 3 and (test.images == 1).all()  # numbers of the training folder's classes
+    pictures(tmp_path / "test" / "dog", ["0.png"], 0)
+    with pytest.raises(ValueError, match="test must hold classes of .*train; got dog"):
+        data.test_set(f"folder:{tmp_path}/train")
+    with pytest.raises(FileNotFoundError, match="no such folder: .*elsewhere/test"):
+        pictures(tmp_path / "elsewhere" / "train" / "ant", ["0.png"], 0)
+        data.test_set(f"folder:{tmp_path}/elsewhere/train")
 
 
 def test_class_order():
