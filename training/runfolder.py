@@ -61,7 +61,7 @@ def open_folder(method: str, settings: RunConfig, preset: RunConfig, dataset: da
     may_change: a resumed run may have other settings than before, which are then written down: its artefacts know what they were made of.
     """
     folder = config.run_folder(settings, method)
-    stored = folder / "config.json"
+    stored, changed = folder / "config.json", []
     if settings.resume and settings.overwrite:
         raise ValueError(f"{method}: give --resume or --overwrite, not both")
     if settings.resume:
@@ -79,7 +79,7 @@ def open_folder(method: str, settings: RunConfig, preset: RunConfig, dataset: da
         config.read(stored, type(settings))  # another program's config.json is refused
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not settings.resume or may_change:
+    if not settings.resume or changed:
         versions = {"torch": torch.__version__, "numpy": np.__version__, "ltkernels": getattr(ltkernels, "__version__", "?")}
         shape = {"shape": list(dataset.data.shape[1:]), "counts": list(dataset.counts)}
         stated = {"method": method, "settings": config.resolved(settings, preset), "data": shape, "versions": versions}
