@@ -395,12 +395,12 @@ class T2HConfig(ImageConfig):
 class DiffRCConfig(RunConfig):
     """DiffRC: long-tailed recognition with images that a diffusion model makes of the medium and tail classes (003), in five stages.
 
-    The defaults train well on digits within minutes; --preset diffrc-paper is the paper to the letter, table1-* and table2-* are what we would
-    run for its tables. C1 to C10 are the points where the paper is silent or wrong, see training/README.md.
+    The defaults train well on digits within minutes; --preset diffrc-paper is the paper to the letter, table1-* and table2-* are what we
+    would run for its tables. C1 to C10 are the points where the paper is silent or wrong, see training/README.md.
     """
 
     dataset: str = ours("digits-train-lt", paper="cifar10-lt", tables=("cifar100-lt", "imagenet-lt"))
-    """a name that has a test set: digits-train-lt, cifar10-lt, cifar100-lt, tiny-imagenet-lt, also without -lt, imagenet-lt, folder:PATH/train"""
+    """one with a test set: digits-train-lt, cifar10-lt, cifar100-lt, tiny-imagenet-lt, also without -lt, imagenet-lt, folder:PATH/train"""
     imbalance_ratio: float = ours(20.0, paper=100.0, tables=(50.0, 10.0), ge=1)
     """head : tail of the -lt data sets; --imb-factor .05 is --imbalance-ratio 20"""
     split_rule: Literal["tercile", "count"] = ours("tercile")  # which classes are many, med and few
@@ -436,7 +436,7 @@ class DiffRCConfig(RunConfig):
     pair_kl: Literal["tar_sou", "sou_tar"] = paper("tar_sou")  # KL(target, source), or the other way round (C2)
     pair_t: Literal["group", "sample"] = ours("group")  # one time for the images that are compared, or one each (C3)
     pair_reduce: Literal["mean", "sum"] = ours("mean", paper="sum")
-    """of L_pair over the rows; L_base is a mean over the pixels, where Eq. 3 has a sum, so the sum of Eq. 9 is divided by their number (C3)"""
+    """of L_pair over the rows; L_base is a mean over the pixels, a sum in Eq. 3, so the sum of Eq. 9 is divided by their number (C3)"""
 
     # Stage 3, the encoder and its prototypes.
     encoder_steps: int = ours(1500, ge=1)
@@ -462,7 +462,7 @@ class DiffRCConfig(RunConfig):
     sample_batch: int = ours(500, ge=1)  # images sampled at a time, from one stream of noise
 
     # Stage 5, the classifier.
-    recipe: Literal["auto", "digits", "cifar", "imagenet-lt", "imagenet-lt-200"] = ours("auto")  # of training.recognition; auto: the data set's
+    recipe: Literal["auto", "digits", "cifar", "imagenet-lt", "imagenet-lt-200"] = ours("auto")  # auto: by the images' size
     classifier_steps: int | None = ours(None, ge=1)  # default: the recipe's
     classifier_loss: Literal["softmax", "balanced"] = paper("softmax")
 
@@ -472,6 +472,8 @@ class DiffRCConfig(RunConfig):
             raise ValueError(f"config: sample_steps must be <= timesteps={self.timesteps}; got {self.sample_steps}")
         if self.beta_start > self.beta_end:
             raise ValueError(f"config: beta_start must be <= beta_end={self.beta_end}; got {self.beta_start}")
+        if self.lam > 0 and self.group_size < 3:
+            raise ValueError(f"config: group_size must be >= 3, or lam 0: L_pair compares an image with two others; got {self.group_size}")
         if self.s == 0 and self.label_by == "guidance":
             raise ValueError("config: label_by guidance needs s > 0: nothing leads an image to a class; got s=0")
 

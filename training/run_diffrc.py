@@ -1,8 +1,8 @@
 """One run of DiffRC: source model, target model, encoder, samples, classifier, with an artefact after each of them.
 
-artefacts.json says what each was made of: the settings that it depends on and the keys of the artefacts that it was made from. So a run goes on
-from its last artefact, a stage can be made again by itself, another run can take what it would make with the same bits (--source), and what
-was made with other settings is refused by name rather than used.
+artefacts.json says what each was made of: the settings that it depends on and the keys of the artefacts that it was made from. So a run
+goes on from its last artefact, a stage can be made again by itself, another run can take what it would make with the same bits (--source),
+and what was made with other settings is refused by name rather than used.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ METHOD = tuple(item.name for item in dataclasses.fields(DiffRC) if item.name != 
 # ---- what a stage depends on, beside the images and the artefacts that it starts from. Every setting is in one of these.
 DATA = ("dataset", "imbalance_ratio", "profile", "indices", "image_size", "holdout", "seed")
 NOISE = ("timesteps", "beta_start", "beta_end")
-NETWORK = ("network", "width", "dropout", "flip")
+NETWORK = ("network", "width", "flip")
 SPLIT = ("head_classes", "split_rule")  # as the classes that they make
 SETTINGS = {
-    "source": (*NOISE, *NETWORK, "batch_size", "lr", "warmup", "ema_decay", "clip", "source_steps"),
+    "source": (*NOISE, *NETWORK, "dropout", "batch_size", "lr", "warmup", "ema_decay", "clip", "source_steps"),
     "target": ("target_steps", "group_size", "group_classes", "lam", "pair_gamma", "pair_weight", "pair_kl", "pair_t", "pair_reduce"),
     "encoder": (*NOISE, *NETWORK, "batch_size", "encoder_steps", "encoder_lr", "encoder_dim", "proto_momentum", "tau", "pc_prior"),
     "samples": (
@@ -136,7 +136,7 @@ def wanted_images(settings: DiffRCConfig, dataset: data.Dataset, head: list[int]
 
 def denoising_settings(settings: DiffRCConfig, steps: int) -> DDPMConfig:
     """What the stage of plain denoising knows of our settings."""
-    names = (*NOISE, *NETWORK, "batch_size", "lr", "warmup", "ema_decay", "clip", "seed", "device")
+    names = (*NOISE, *NETWORK, "dropout", "batch_size", "lr", "warmup", "ema_decay", "clip", "seed", "device")
     return DDPMConfig(**{name: getattr(settings, name) for name in names}, steps=steps, conditional=False, cfg_drop=0.0)
 
 
@@ -192,6 +192,10 @@ class Pipeline:
         found = self.found() if self.settings.resume else {}
         if self.settings.source is not None:
             theirs = self.found(Path(self.settings.source))
+            if not theirs.get("source", {}).get("done"):
+                raise ValueError(f"diffrc: --source needs a run of diffrc whose stage 1 is finished; got {self.settings.source}")
+            if changed := differences(theirs["source"]["made_of"], self.made_of["source"]):
+                raise ValueError(f"diffrc: stage 1 (source) of --source {self.settings.source} is of other settings ({'; '.join(changed)})")
             found = {**{stage: one for stage, one in theirs.items() if one == {"made_of": self.made_of[stage], "done": True}}, **found}
         again = set(wanted) if self.settings.stages is not None else set()
         needed = [parent for stage in wanted for parent in self.parents[stage]]
@@ -203,15 +207,11 @@ class Pipeline:
                 way = f"give --stages {number} to make it again, or another --out"
                 raise ValueError(f"diffrc: stage {number} ({stage}) in {self.folder} is of other settings ({'; '.join(changed)}); {way}")
             if stage not in wanted and not (there or {}).get("done"):
-                raise ValueError(f"diffrc: --stages {self.settings.stages} needs stage {number} ({stage}), which {self.folder} does not have")
+                raise ValueError(f"diffrc: --stages {self.settings.stages} needs stage {number} ({stage}); {self.folder} does not have it")
 
     def borrow(self, source: Path) -> None:
-        """Take from another run what it made with the same settings; its source model must be one of them."""
+        """Take from another run what it made with the same settings, but for samples."""
         theirs = self.found(source)
-        if not theirs.get("source", {}).get("done"):
-            raise ValueError(f"diffrc: --source needs a run of diffrc whose stage 1 is finished; got {source}")
-        if changed := differences(theirs["source"]["made_of"], self.made_of["source"]):
-            raise ValueError(f"diffrc: stage 1 (source) of --source {source} is of other settings ({'; '.join(changed)})")
         for stage in ("source", "target", "encoder", *BASELINES):
             same = theirs.get(stage, {}) == {"made_of": self.made_of[stage], "done": True}
             if same and stage not in self.found():
@@ -234,6 +234,9 @@ class Pipeline:
         self.note(stage, done=True)
 
     def discard(self, stage: str) -> None:
+        found = self.found()
+        del found[stage]
+        checkpoint.write_json(self.folder / "artefacts.json", found)  # first: an artefact that is not noted down is none
         (self.folder / "metrics.json").unlink(missing_ok=True)  # it speaks of what is no more
         checkpoint.discard(self.folder, stage)
         (self.folder / f"{stage}.json").unlink(missing_ok=True)
@@ -249,19 +252,19 @@ class Pipeline:
 
     # ---- stages 1 and 2: the models
 
-    def denoiser(self) -> nn.Module:
-        """A freshly initialised network without labels: a function of the seed."""
+    def denoiser(self, key: str = "network", dropout: float = 0.0) -> nn.Module:
+        """A freshly initialised network without labels: a function of (seed, key)."""
         channels, size, _ = self.dataset.images.shape[1:]
         mlp = self.settings.network == "mlp" or self.settings.network == "auto" and size <= 8
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(self.settings.seed, "network").initial_seed())
+            torch.manual_seed(generator(self.settings.seed, key).initial_seed())
             net = build_denoiser(
-                self.settings.network, channels, size, 0, width=self.settings.width or (256 if mlp else 128), dropout=self.settings.dropout
+                self.settings.network, channels, size, 0, width=self.settings.width or (256 if mlp else 128), dropout=dropout
             )
         return net.to(self.settings.device)
 
     def models(self) -> dict[str, nn.Module]:
-        net = self.denoiser()
+        net = self.denoiser(dropout=self.settings.dropout)
         return {"net": net, "ema": Ema(net, self.settings.ema_decay)}
 
     def make_source(self) -> None:
@@ -283,7 +286,7 @@ class Pipeline:
     def encoders(self) -> dict[str, nn.Module]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(self.settings.seed, "encoder").initial_seed())
-            encoder = NoisyEncoder(self.denoiser(), self.settings.encoder_dim)
+            encoder = NoisyEncoder(self.denoiser("encoder"), self.settings.encoder_dim)  # dropout would move the prototypes
         modules = {"encoder": encoder, "prototypes": Prototypes(self.dataset.num_classes, self.settings.encoder_dim)}
         return {name: module.to(self.settings.device) for name, module in modules.items()}
 
@@ -324,8 +327,8 @@ class Pipeline:
 
     @torch.no_grad()
     def part(self, number: int, missing: Tensor) -> dict[str, Tensor]:
-        """Images (N, C, H, W) uint8 with labels (N,), and which to keep, (N,) bool, no more of a class than are missing (C,). trace (steps, 3):
-        the times, mean norm of the shift and of the noise of every reverse step."""
+        """Images (N, C, H, W) uint8 with labels (N,), and which to keep, (N,) bool, no more of a class than are missing (C,). trace
+        (steps, 3): the time, and the mean norm of the shift and of the noise, of every reverse step."""
         settings, device, trace = self.settings, self.settings.device, []
         labels = torch.arange(len(missing)).repeat_interleave(missing)[: settings.sample_batch].to(device)
         if self.by_classifier:
@@ -409,8 +412,9 @@ class Pipeline:
         nets = {name: self.real_only(name) for name in BASELINES}
         return {
             "method": "diffrc", **score(self.make_classifier()), "dataset": self.dataset.name, "test": f"{test.name}, n = {len(test)}",
-            "counts": list(self.dataset.counts), "head": self.head, "split_rule": self.settings.split_rule, **self.sampling(nets["balanced"]),
-            **self.encoder_report(), "notes": self.notes(), "baselines": {name: score(net) for name, net in nets.items()},
+            "counts": list(self.dataset.counts), "head": self.head, "split_rule": self.settings.split_rule,
+            **self.sampling(nets["balanced"]), **self.encoder_report(), "notes": self.notes(),
+            "baselines": {name: score(net) for name, net in nets.items()},
         }  # fmt: skip
 
     @torch.no_grad()
@@ -475,7 +479,8 @@ def key_of(made_of: dict) -> str:
 
 
 def differences(mine: dict, other: dict) -> list[str]:
-    return [f"{name}: {mine.get(name)!r} != {other.get(name)!r}" for name in dict.fromkeys([*mine, *other]) if mine.get(name) != other.get(name)]
+    names = dict.fromkeys([*mine, *other])
+    return [f"{name}: {mine.get(name)!r} != {other.get(name)!r}" for name in names if mine.get(name) != other.get(name)]
 
 
 def listed(numbers: list[int]) -> str:

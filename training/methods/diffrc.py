@@ -1,8 +1,8 @@
 """DiffRC: long-tailed recognition with images from a diffusion model (003; equations by their numbers there).
 
 A source model learns the head classes, the target model goes on from it with the medium and tail classes, while L_pair keeps its images of
-a class as far from one another as the source would have them (Eq. 7 to 9). An encoder f(x_t, t) with one prototype a class gives L_PC (Eq. 11,
-12), and its gradient leads the sampling to a class (Eq. 13). `DiffRC` is stateless and works in anybody's loop and sampler.
+a class as far from one another as the source would have them (Eq. 7 to 9). An encoder f(x_t, t) with one prototype a class gives L_PC
+(Eq. 11, 12), and its gradient leads the sampling to a class (Eq. 13). `DiffRC` is stateless and works in anybody's loop and sampler.
 Where the paper is silent or wrong, the choice is an option of DiffRCConfig, marked C1..C10.
 """
 
@@ -34,8 +34,8 @@ class DiffRC:
     """class_counts (C,): rows of each class in the training set; a class without rows takes no part in anything.
 
     pair_gamma, pair_weight: the factor of Eq. 8 (C1). pair_kl: KL(target, source) or the other way round (C2). pair_reduce: the mean over
-    the rows that count, or the sum of Eq. 9 (C3). momentum, tau, pc_prior: m, tau and pi of Eq. 11 and 12 (C8). s, guidance_sign, grad_norm:
-    strength of Eq. 13, down or up L_PC (C5), and the length of its gradient: sqrt(D), 1, or as it is (C7).
+    the rows that count, or the sum of Eq. 9 (C3). momentum, tau, pc_prior: m, tau and pi of Eq. 11 and 12 (C8). s, guidance_sign,
+    grad_norm: strength of Eq. 13, down or up L_PC (C5), and the length of its gradient: sqrt(D), 1, or as it is (C7).
     """
 
     class_counts: Sequence[int] | Tensor
