@@ -17,7 +17,7 @@ COMMANDS = {
     "sample": "more samples from a run of ddpm, cbdm or t2h, finished or not",
     "evaluate": "score the samples of runs of ddpm, cbdm or t2h",
     "classifier": "train the small classifier whose features stand in for Inception's; evaluate does it where it is missing",
-    "figures": "tables and pictures over several seeds: figures dgd, figures cludi, figures t2h",
+    "figures": "tables and pictures over several seeds: figures dgd, figures cludi, figures t2h, figures diffrc",
     "features": "write a feature file of an image folder with a pretrained model of timm",
     "fetch": "download a data set for a machine without network",
 }

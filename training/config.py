@@ -407,7 +407,7 @@ class DiffRCConfig(RunConfig):
     head_classes: int | None = ours(None, ge=1)  # H, the most frequent classes, which the source model learns; default: the many classes
     stages: str | None = runtime(None, once=True)
     """what to do now: 4, 4,5 or 1-3; what is there of them with other settings is made again. Default: all that is missing"""
-    source: str | None = runtime(None)
+    source: str | None = runtime(None, once=True)
     """run folder whose source model this run takes, and whatever else was made there with the same settings"""
 
     # Diffusion, of both models.
