@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
 
 from training import checkpoint, config, data, loop, run_diffrc
 from training.__main__ import main
@@ -424,6 +426,13 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def undrawn(whole, monkeypatch):
+    """Pictures are most of what so short a run costs; that of `whole` has them."""
+    monkeypatch.setattr(run_diffrc.Pipeline, "draw", lambda self, report: None)
+    return whole
+
+
 def test_a_run_leaves_its_files(whole):
     report = report_of(whole)
     assert report["method"] == "diffrc" and report["dataset"] == "digits-train-lt" and report["head"] == [0, 1, 2]
@@ -457,7 +466,7 @@ KILLED = {  # stage: what is patched, and when it ends
 
 
 @pytest.mark.parametrize("stage", KILLED)
-def test_a_run_that_ended_in_any_stage_goes_on_to_the_same_bits(whole, tmp_path, stage, monkeypatch):
+def test_a_run_that_ended_in_any_stage_goes_on_to_the_same_bits(undrawn, tmp_path, stage, monkeypatch):
     kind, name, when = KILLED[stage]
     original = getattr(kind, name)
 
@@ -476,7 +485,7 @@ def test_a_run_that_ended_in_any_stage_goes_on_to_the_same_bits(whole, tmp_path,
     if stage in ("source", "target", "encoder"):
         assert checkpoint.latest(tmp_path / "cut", stage) == 4
     assert main(["diffrc", "--no-progress", "--out", str(tmp_path / "cut"), "--resume"]) == 0
-    same_bits(whole, tmp_path / "cut")
+    same_bits(undrawn, tmp_path / "cut")
 
 
 SIGKILL = """
@@ -493,27 +502,27 @@ main({command})
 """
 
 
-def test_sigkill_between_two_parts_of_the_samples(whole, tmp_path):
+def test_sigkill_between_two_parts_of_the_samples(undrawn, tmp_path):
     cut = tmp_path / "cut"
     script = SIGKILL.format(command=["diffrc", *TINY.split(), "--out", str(cut)])
     killed = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in (cut / "samples").glob("*.safetensors")] == ["0000.safetensors"]
     assert main(["diffrc", "--no-progress", "--out", str(cut), "--resume"]) == 0
-    same_bits(whole, cut)
+    same_bits(undrawn, cut)
 
 
-def test_stages_one_by_one_are_the_whole(whole, tmp_path, capsys):
+def test_stages_one_by_one_are_the_whole(undrawn, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(out, "--stages", "1") == 0
     assert "stages 1 are made" in capsys.readouterr().out and not (out / "metrics.json").exists()
     assert set(json.loads((out / "artefacts.json").read_text())) == {"source"}
     assert run(out, "--stages", "2-4", "--resume") == 0 and not (out / "metrics.json").exists()
     assert run(out, "--resume") == 0
-    same_bits(whole, out)
+    same_bits(undrawn, out)
 
 
-def test_a_stale_artefact_is_refused_by_name_and_made_again_on_demand(whole, tmp_path, capsys):
+def test_a_stale_artefact_is_refused_by_name_and_made_again_on_demand(undrawn, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(out, "--stages", "1-4") == 0
     before = (out / "samples.npy").read_bytes()
@@ -536,7 +545,7 @@ def test_a_stale_artefact_is_refused_by_name_and_made_again_on_demand(whole, tmp
     assert "stage 4 (samples)" in (text := capsys.readouterr().err) and "target: " in text
 
 
-def test_runs_share_what_they_would_make_alike(whole, tmp_path, monkeypatch, capsys):
+def test_runs_share_what_they_would_make_alike(undrawn, tmp_path, monkeypatch, capsys):
     """The arms of the ablation: one source model, and the encoder where it is asked for."""
     trained = []
     original = run_diffrc.train
@@ -546,29 +555,29 @@ def test_runs_share_what_they_would_make_alike(whole, tmp_path, monkeypatch, cap
         original(stage, *given, **options)
 
     monkeypatch.setattr(run_diffrc, "train", noted)
-    assert run(tmp_path / "pdl", "--source", str(whole), "--s", "0") == 0
+    assert run(tmp_path / "pdl", "--source", str(undrawn), "--s", "0") == 0
     assert trained == []  # source and target are taken, the encoder is not needed
     report = report_of(tmp_path / "pdl")
     assert report["generated"]["label_by"] == "classifier" and report["sampling"] is None and "encoder" not in report
-    assert report["baselines"] == report_of(whole)["baselines"]
-    assert run(tmp_path / "mpcl", "--source", str(whole), "--lam", "0") == 0
+    assert report["baselines"] == report_of(undrawn)["baselines"]
+    assert run(tmp_path / "mpcl", "--source", str(undrawn), "--lam", "0") == 0
     assert trained == ["target"]
     assert (tmp_path / "mpcl" / "weights" / "encoder-000006.safetensors").read_bytes() == (
-        whole / "weights" / "encoder-000006.safetensors"
+        undrawn / "weights" / "encoder-000006.safetensors"
     ).read_bytes()
     alone = tmp_path / "alone"
     assert run(alone, "--lam", "0") == 0
     same_bits(alone, tmp_path / "mpcl")
-    assert run(tmp_path / "other", "--source", str(whole), "--lr", "0.01") == 2
-    assert f"stage 1 (source) of --source {whole} is of other settings (lr: 0.001 != 0.01)" in capsys.readouterr().err
+    assert run(tmp_path / "other", "--source", str(undrawn), "--lr", "0.01") == 2
+    assert f"stage 1 (source) of --source {undrawn} is of other settings (lr: 0.001 != 0.01)" in capsys.readouterr().err
 
 
-def test_labels_by_the_classifier_and_the_filter(whole, tmp_path):
+def test_labels_by_the_classifier_and_the_filter(undrawn, tmp_path):
     """C9. What is not sure enough is drawn again, but not for ever."""
-    assert run(tmp_path / "sure", "--source", str(whole), "--filter-conf", "0.99", "--fill-tries", "2") == 0
+    assert run(tmp_path / "sure", "--source", str(undrawn), "--filter-conf", "0.99", "--fill-tries", "2") == 0
     made = report_of(tmp_path / "sure")["generated"]
     assert sum(made["kept"]) < sum(made["wanted"]) and 2 * sum(made["wanted"]) <= made["drawn"] < 2 * sum(made["wanted"]) + 300
-    assert run(tmp_path / "told", "--source", str(whole), "--label-by", "classifier") == 0
+    assert run(tmp_path / "told", "--source", str(undrawn), "--label-by", "classifier") == 0
     report = report_of(tmp_path / "told")
     made = report["generated"]
     assert made["kept"] == made["alike"] and all(kept <= wanted for kept, wanted in zip(made["kept"], made["wanted"], strict=True))
@@ -592,3 +601,21 @@ def test_balanced_images_need_none(tmp_path):
     report = report_of(tmp_path / "run")
     assert report["generated"]["kept"] == [0] * 10 and report["sampling"] is None
     assert np.load(tmp_path / "run" / "samples.npy").shape == (0, 1, 8, 8)
+
+
+def test_colour_images_of_a_folder_go_through_the_unet(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, counts in (("train", (9, 6, 4)), ("test", (2, 2, 2))):
+        for label, count in enumerate(counts):
+            folder = tmp_path / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                colour = np.full((16, 16, 3), 40, np.uint8)
+                colour[..., label] = rng.integers(100, 255, (16, 16))
+                Image.fromarray(colour).save(folder / f"{i}.png")
+    options = "--image-size 16 --width 8 --sample-steps 2 --flip yes --grad-norm none --pair-t sample".split()
+    assert run(tmp_path / "run", "--dataset", f"folder:{tmp_path / 'train'}", *options) == 0
+    report = report_of(tmp_path / "run")
+    assert report["generated"]["kept"] == [0, 3, 5] and report["test"].endswith("n = 6")
+    weights = load_file(tmp_path / "run" / "weights" / "encoder-000006.safetensors")
+    assert weights["prototypes.rows"].norm(dim=1).tolist() == pytest.approx([1, 1, 1])
