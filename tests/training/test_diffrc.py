@@ -115,7 +115,10 @@ def test_half_precision_does_not_overflow_where_x0hat_is_large():
     target, source, y = rows(dtype=torch.float32)
     loss = DiffRC([9] * 4).pair_loss((500 * target).half(), (500 * source).half(), y)
     assert loss.dtype == torch.float32 and torch.isfinite(loss)
-    torch.testing.assert_close(loss, DiffRC([9] * 4).pair_loss(target, source, y), rtol=2e-3, atol=0)
+    plain = DiffRC([9] * 4).pair_loss(target, source, y)
+    torch.testing.assert_close(loss, plain, rtol=2e-3, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert DiffRC([9] * 4).pair_loss(target, source, y) == plain
 
 
 # ---- prototypes ------------------------------------------------------------------------------------------------------

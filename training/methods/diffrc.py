@@ -111,7 +111,7 @@ class DiffRC:
             (grad,) = torch.autograd.grad(self.prototype_loss(encoder(x, t), prototypes, y, "sum"), x)
         if self.grad_norm == "none":
             return grad
-        length = math.sqrt(grad[0].numel()) if self.grad_norm == "rms" else 1.0
+        length = math.sqrt(x_t.shape[1:].numel()) if self.grad_norm == "rms" else 1.0
         return F.normalize(grad.flatten(1), dim=1, eps=1e-30).view_as(grad) * length
 
     def shift(self, x_t: Tensor, t: Tensor, var: float, encoder: Callable, prototypes: Tensor, y: Tensor) -> Tensor:
@@ -126,7 +126,8 @@ class DiffRC:
 def _cosines(unit: Tensor) -> Tensor:
     """Of unit rows (G, n, D) with the others of their group: (G, n, n - 1)."""
     groups, n, _ = unit.shape
-    every = (unit @ unit.mT).flatten(1)  # without the first entry, every (n + 1)-th is one of the diagonal
+    with torch.autocast(unit.device.type, enabled=False):
+        every = (unit @ unit.mT).flatten(1)  # without the first entry, every (n + 1)-th is one of the diagonal
     return every[:, :-1].view(groups, n - 1, n + 1)[:, :, 1:].reshape(groups, n, n - 1)
 
 
