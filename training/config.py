@@ -425,8 +425,8 @@ class DiffRCConfig(RunConfig):
     clip: float = ours(1.0, gt=0)  # of the gradient's norm
 
     # Stage 1, the source model, and stage 2, the target model.
-    source_steps: int = ours(3000, ge=1)
-    target_steps: int = ours(1500, ge=1)
+    source_steps: int = ours(2000, ge=1)
+    target_steps: int = ours(1000, ge=1)
     group_size: int = ours(8, ge=1)  # images of one class in a batch of stage 2, as many as the class has (C3)
     group_classes: Literal["balanced", "sqrt", "none"] = ours("balanced")
     """how often a class has a group: as often as any other, by the square root of its size, by its size (C3)"""
@@ -439,7 +439,7 @@ class DiffRCConfig(RunConfig):
     """of L_pair over the rows; L_base is a mean over the pixels, a sum in Eq. 3, so the sum of Eq. 9 is divided by their number (C3)"""
 
     # Stage 3, the encoder and its prototypes.
-    encoder_steps: int = ours(1500, ge=1)
+    encoder_steps: int = ours(1000, ge=1)
     encoder_lr: float = ours(1e-3, gt=0)  # falls to zero along a cosine
     encoder_dim: int = ours(64, ge=1)  # of f(x_t, t)
     proto_momentum: float = ours(0.99, paper=0.999, ge=0, lt=1)  # m: with .999 a tail class's prototype is as old as the training is short

@@ -573,6 +573,12 @@ def test_runs_share_what_they_would_make_alike(undrawn, tmp_path, monkeypatch, c
     same_bits(alone, tmp_path / "mpcl")
     assert run(tmp_path / "other", "--source", str(undrawn), "--lr", "0.01") == 2
     assert f"stage 1 (source) of --source {undrawn} is of other settings (lr: 0.001 != 0.01)" in capsys.readouterr().err
+    assert run(tmp_path / "other", "--source", str(undrawn), "--head-classes", "2") == 2
+    assert "is of other settings (head: [0, 1, 2] != [0, 1])" in capsys.readouterr().err
+    negative = lambda dataset: dataclasses.replace(dataset, images=-dataset.images)  # noqa: E731
+    monkeypatch.setattr(run_diffrc, "load", lambda settings, own=run_diffrc.load: negative(own(settings)))
+    assert run(tmp_path / "other", "--source", str(undrawn)) == 2  # other images under the same name
+    assert "is of other settings (images: " in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_labels_by_the_classifier_and_the_filter(undrawn, tmp_path):
