@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "knn_kde/knn_kde.h"
+#include "pairwise_pcl/pairwise_pcl.h"
 #include "score_select/score_select.h"
 
 STABLE_TORCH_LIBRARY_IMPL(ltkernels_native, CPU, m) {
@@ -11,4 +12,6 @@ STABLE_TORCH_LIBRARY_IMPL(ltkernels_native, CPU, m) {
   m.impl("psel", TORCH_BOX(&ltkernels::psel_cpu));
   m.impl("psel_sample", TORCH_BOX(&ltkernels::psel_sample_cpu));
   m.impl("psel_mix", TORCH_BOX(&ltkernels::psel_mix_cpu));
+  m.impl("pair_sqdist", TORCH_BOX(&ltkernels::pair_sqdist_cpu));
+  m.impl("pcl_rows", TORCH_BOX(&ltkernels::pcl_rows_cpu));
 }

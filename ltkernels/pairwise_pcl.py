@@ -39,7 +39,8 @@ def pairwise_sqdist(x, y=None) -> Tensor:
     """
     op, kind = "pairwise_sqdist", _arrays.in_kind(x)
     x = _rows(op, "x", x)
-    return kind(torch.ops.ltkernels.pair_sqdist(x, x if y is None else _partner(op, "y", y, "x", x)))
+    x, y = (x, x) if y is None else _partners(op, "x", x, "y", y)
+    return kind(torch.ops.ltkernels.pair_sqdist(x, y))
 
 
 def pcl_loss(
@@ -59,8 +60,8 @@ def pcl_loss(
         form: "exponential", "reciprocal", "hinge" or "negative_l2" (unbounded below).
         sample_weight: a number or (B,), tau(t_i) of Eq. 14.
         margin: a number or (B,); required for "hinge", an error elsewhere.
-        distance: "mean" or "sum" over the elements. With "sum", exp(-d) is exactly 0 in float32 where d > 103.97, its gradient too: one
-            warning in a process.
+        distance: "mean" or "sum" over the elements. With "sum", exp(-d) is exactly 0 in float32 where d > 103.97, its gradient too, as it
+            is for images: a RuntimeWarning, once in a process.
         group: (B,) int64; only pairs of equal groups count (those noised to one t).
         other, other_labels, other_group: (B', ...), (B',), (B',): pairs are (mu_i, other_j) instead, such as the rows of all ranks, or
             mu.detach() where gradients should reach one side only. A row of mu is no pair with itself, since its label is its own.
@@ -70,17 +71,24 @@ def pcl_loss(
         0-dim float32 (float64 for float64 inputs). Without any pair it is 0, with a gradient of 0. A pair with NaN or inf in one of its
         rows makes it NaN; rows in no pair may hold anything.
 
-    Differentiable once in mu, other, sample_weight and margin; the gradient in mu and other is made together with the loss and takes their
-    size, B x B is never formed. (A second backward through a retained graph makes it once more.) Deterministic: the same bits in every run
-    on a backend and machine, for any number of threads. Under torch.compile, values are not checked.
+    Differentiable once in mu, other, sample_weight and margin. Memory: the gradients in mu and other are made together with the loss, in
+    the answer's dtype, and kept for the backward pass; B x B is never formed. (A second backward through a retained graph makes them once
+    more.) Deterministic: the same bits in every run on a backend and machine, for any number of threads. (Where a 0-dim sample_weight or
+    margin needs a gradient, torch sums it over the rows.) Under torch.compile, values are not checked. Under autocast, mu and other may
+    differ in dtype.
 
     Raises:
-        ValueError, TypeError: wrong shape, dtype, device, form, distance or reduction; margin missing or out of place; other_labels missing;
-        one of group and other_group missing. RuntimeError: no backend for the device.
+        ValueError, TypeError: wrong shape, dtype, device, form, distance or reduction; margin missing or out of place; other_labels
+        missing; one of group and other_group missing. RuntimeError: no backend for the device.
 
     Example:
         >>> mu, y = torch.randn(64, 3, 32, 32, requires_grad=True), torch.randint(10, (64,))
         >>> pcl_loss(mu, y, form="hinge", margin=2.0).backward()
+
+        Dispersive loss (Wang & He, 2025) of features z, with every row a class of its own: log mean exp(-|z_i - z_j|^2 / (D tau)), i != j
+
+        >>> z, tau = torch.randn(64, 256), 0.5
+        >>> dispersive = pcl_loss(z / tau**0.5, torch.arange(64)).log()
     """
     op, kind = "pcl_loss", _arrays.in_kind(mu)
     for name, value, known in (("form", form, PCL_FORMS), ("distance", distance, _DISTANCES), ("reduction", reduction, _REDUCTIONS)):
@@ -93,7 +101,7 @@ def pcl_loss(
             if value is not None:
                 raise ValueError(f"{op}: {name} needs other; got other=None")
     else:
-        other = _partner(op, "other", other, "mu", mu)
+        mu, other = _partners(op, "mu", mu, "other", other)
         if other_labels is None:
             raise ValueError(f"{op}: other needs other_labels; got None")
         other_labels = _integers(op, "other_labels", other_labels, other)
@@ -102,11 +110,12 @@ def pcl_loss(
             raise ValueError(f"{op}: with other, {given} needs {missing}; got {missing}=None")
         other_group = None if other_group is None else _integers(op, "other_group", other_group, other)
     if (margin is None) == (form == "hinge"):
-        raise ValueError(f"{op}: margin is required for form 'hinge' and for no other; got margin={margin!r} with form {form!r}")
+        fact = "none" if margin is None else "one"
+        raise ValueError(f"{op}: form 'hinge' needs a margin and no other form takes it; got {fact} with form {form!r}")
     weight = _per_row(op, "sample_weight", sample_weight, mu)
     margin = None if margin is None else _per_row(op, "margin", margin, mu)
     elements = mu.shape[1]
-    if form == "exponential" and distance == "sum" and elements > _UNDERFLOW:
+    if form == "exponential" and distance == "sum" and weight.dtype == torch.float32 and elements > _UNDERFLOW:
         _warn_underflow(elements)
 
     learns = lambda x: x is not None and x.requires_grad and torch.is_grad_enabled()  # noqa: E731
@@ -122,7 +131,7 @@ _warned = False
 
 def _warn_underflow(elements: int) -> None:
     global _warned
-    if not _warned and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not _warned:
         _warned = True
         warnings.warn(
             f"pcl_loss: with distance='sum' over {elements} elements, exp(-d) and its gradient are 0 in float32 wherever d > {_UNDERFLOW}; "
@@ -143,15 +152,19 @@ def _rows(op: str, name: str, value) -> Tensor:
     return value.flatten(1)
 
 
-def _partner(op: str, name: str, value, first: str, x: Tensor) -> Tensor:
-    value = _rows(op, name, value)
-    if value.shape[1] != x.shape[1]:
-        raise ValueError(f"{op}: expected {first} and {name} with as many elements a row; got {x.shape[1]} and {value.shape[1]}")
-    if value.device != x.device:
-        raise ValueError(f"{op}: expected {first} and {name} on one device; got {x.device} and {value.device}")
-    if value.dtype != x.dtype:
-        raise TypeError(f"{op}: expected {first} and {name} of one dtype; got {x.dtype} and {value.dtype}")
-    return value
+def _partners(op: str, first: str, x: Tensor, second: str, y) -> tuple[Tensor, Tensor]:
+    """Both of one dtype: under autocast, the wider of the two."""
+    y = _rows(op, second, y)
+    if y.shape[1] != x.shape[1]:
+        raise ValueError(f"{op}: expected {first} and {second} with as many elements a row; got {x.shape[1]} and {y.shape[1]}")
+    if y.device != x.device:
+        raise ValueError(f"{op}: expected {first} and {second} on one device; got {x.device} and {y.device}")
+    if y.dtype != x.dtype:
+        if not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{op}: expected {first} and {second} of one dtype; got {x.dtype} and {y.dtype}")
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(dtype), y.to(dtype)
+    return x, y
 
 
 def _integers(op: str, name: str, value, like: Tensor) -> Tensor:
@@ -232,7 +245,7 @@ def _setup_pcl(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:8], *output[2:4])
-    ctx.rest, ctx.grads = inputs[8:], output[4:]
+    ctx.form_and_scale, ctx.made, ctx.grads = inputs[8:10], inputs[10:], output[4:]
 
 
 def _backward_pcl(ctx, factor, *_):
@@ -240,12 +253,14 @@ def _backward_pcl(ctx, factor, *_):
     mu, weight, margin, other = tensors[0], tensors[3], tensors[4], tensors[5]
     if factor is None:
         return (None,) * 12
-    grads = ctx.grads or torch.ops.ltkernels.pcl(*tensors, *ctx.rest)[4:]
-    if torch.is_grad_enabled() or type(grads[0]) is not Tensor:  # a compiler's stand-ins for tensors
-        scaled = torch.ops.ltkernels.pcl_scaled
-    else:  # nobody else holds them, and a product of their size would double the memory
-        ctx.grads, scaled = None, lambda grad, factor, source: grad.mul_(factor).to(source.dtype)
-    need = ctx.needs_input_grad
+    need, grads = ctx.needs_input_grad, ctx.grads
+    asked = need[0], need[5]
+    if any(asked) and (grads is None or any(ask and not made for ask, made in zip(asked, ctx.made, strict=True))):
+        grads = torch.ops.ltkernels.pcl(*tensors, *ctx.form_and_scale, *asked)[4:]  # given away before; or vmap hid that they are needed
+    scaled = torch.ops.ltkernels.pcl_scaled
+    if any(asked) and not torch.is_grad_enabled() and type(grads[0]) is Tensor:  # no compiler's stand-in for one
+        ctx.grads = None  # nobody else holds them, and a product of their size would double the memory
+        scaled = lambda grad, factor, source: grad.mul_(factor).to(source.dtype)  # noqa: E731
     return (
         scaled(grads[0], factor, mu) if need[0] else None, None, None,
         torch.ops.ltkernels.pcl_scaled(row, factor, weight) if need[3] else None,

@@ -28,7 +28,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import Bank, __version__, backend, backends, build_info, knn, knn_kde_grad, p_sel, posterior_mean, reference, score_select
+from . import (
+    Bank,
+    __version__,
+    backend,
+    backends,
+    build_info,
+    knn,
+    knn_kde_grad,
+    p_sel,
+    pairwise_sqdist,
+    pcl_loss,
+    posterior_mean,
+    reference,
+    score_select,
+)
 
 INF, NAN = math.inf, math.nan
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # minutes instead of seconds: every case has fewer and shorter rows
@@ -281,12 +295,164 @@ def _selection(name: str, judge: Callable) -> Op:
     return Op(_selections, partial(_run_selection, name), judge, partial(_selection_workload, name), takes_k=False)
 
 
+class Pairs:
+    """One call of pairwise_sqdist, and one of pcl_loss in every form."""
+
+    def __init__(self, mu: Tensor, labels: Tensor, other: Tensor | None = None, other_labels: Tensor | None = None, groups: int = 0):
+        self.mu, self.labels, self.other, self.other_labels = mu, labels, other, other_labels
+        self.group, self.other_group = (torch.arange(len(x)) % groups if groups and x is not None else None for x in (mu, other))
+        g, dtype = torch.Generator().manual_seed(len(mu)), torch.float64 if mu.dtype == torch.float64 else torch.float32
+        self.weight, self.margin = ((low + torch.rand(len(mu), generator=g)).to(dtype) for low in (0.1, 1.5))
+
+    def exact(self) -> Tensor:
+        return reference.pair_sqdist(self.mu.double(), (self.mu if self.other is None else self.other).double())
+
+    def exact_rows(self, form: int) -> tuple[Tensor, ...]:
+        """What `reference.pcl_rows` says of the float64 of everything."""
+        far = None if self.other is None else self.other.double()
+        margin = self.margin.double() if reference.PCL_FORMS[form] == "hinge" else None
+        near = self.mu.double(), self.labels, self.group, self.weight.double(), margin
+        return reference.pcl_rows(*near, far, self.other_labels, self.other_group, form, 1 / self.mu.shape[1], True, far is not None)
+
+
+@cache
+def _pairs(dtype: torch.dtype) -> dict[str, Pairs]:
+    """Rows that fill no tile, alone and beside others; tight clusters far from the origin; pairs that do not count; what is not finite."""
+    g = torch.Generator().manual_seed(0)
+    b, d = (5, 40) if INTERPRETED else (37, 3072)
+
+    def normal(rows, d, shift=0.0):
+        return (torch.randn(rows, d, generator=g) + shift).to(dtype)
+
+    def classes(rows, n=4):
+        return torch.randint(n, (rows,), generator=g)
+
+    def clusters(spread):  # of norm 10
+        centres = 10 * torch.nn.functional.normalize(torch.randn(3, 64, generator=g), dim=1)
+        return (centres[torch.arange(b) % 3] + spread * torch.randn(b, 64, generator=g)).to(dtype)
+
+    broken = normal(b, 7)
+    broken[1, 2], broken[2] = NAN, -INF
+    return {
+        "images": Pairs(normal(b, d), classes(b)),
+        "ragged": Pairs(normal(3 * b + 2, 33), classes(3 * b + 2)),
+        "d=1": Pairs(normal(b, 1), classes(b)),
+        "groups": Pairs(normal(b, 65), classes(b), groups=3),
+        "other": Pairs(normal(b, 48), classes(b), normal(2 * b + 1, 48), classes(2 * b + 1)),
+        "other, groups": Pairs(normal(2 * b, 17), classes(2 * b), normal(b, 17), classes(b), groups=2),
+        "clusters": Pairs(clusters(0.5), classes(b)),
+        "tight clusters": Pairs(clusters(1e-4), classes(b)),
+        "far from the origin": Pairs(normal(b, 20, 300.0), classes(b)),
+        "copies": Pairs(normal(1, 9).repeat(b, 1), classes(b)),
+        "one class": Pairs(normal(b, 6), classes(b, 1)),
+        "two rows": Pairs(normal(2, 6), torch.arange(2)),
+        "one row": Pairs(normal(1, 6), torch.arange(1)),
+        "no row": Pairs(normal(0, 6), classes(0)),
+        "no other": Pairs(normal(3, 6), classes(3), normal(0, 6), classes(0)),
+        "NaN and inf": Pairs(broken, classes(b), groups=2),
+    }
+
+
+def _on_all_threads_and_one(call: Callable[[], Answer]) -> list[Answer]:
+    answers = []
+    for threads in (THREADS, 1):
+        torch.set_num_threads(threads)
+        answers.append({output: value.cpu() for output, value in call().items()})
+    return answers
+
+
+def _run_distances(case: Pairs, device: str) -> list[Answer]:
+    """The answer; again on one thread; and of rows among each other, its transpose."""
+    mu, other = case.mu.to(device), None if case.other is None else case.other.to(device)
+    answers = _on_all_threads_and_one(lambda: {"sqdist": pairwise_sqdist(mu, other)})
+    return answers if case.other is not None else [*answers, {"sqdist": answers[0]["sqdist"].T}]
+
+
+def _judge_distances(case: Pairs, answer: Answer) -> Errors:
+    exact = case.exact()
+    limit = 1e-13 if case.mu.dtype == torch.float64 else 1e-6
+    return {"sqdist": (_deviation(answer["sqdist"], exact, exact.clamp(min=1e-30)), limit)}
+
+
+def _run_loss(case: Pairs, device: str) -> list[Answer]:
+    """The answer of every form, stacked; and again on one thread."""
+
+    def call() -> Answer:
+        answers = [_losses(case, device, form) for form in reference.PCL_FORMS]
+        return {output: torch.stack([answer[output] for answer in answers if output in answer]) for output in answers[2]}
+
+    return _on_all_threads_and_one(call)
+
+
+def _losses(case: Pairs, device: str, form: str) -> Answer:
+    """Sum and mean, and the gradients of the sum."""
+    learn = {"mu": case.mu, "weight": case.weight, "other": case.other, "margin": case.margin if form == "hinge" else None}
+    learn = {name: value.to(device).clone().requires_grad_() for name, value in learn.items() if value is not None}
+    rest = {"other_labels": case.other_labels, "group": case.group, "other_group": case.other_group}
+    rest = {name: value if value is None else value.to(device) for name, value in rest.items()}
+    arguments = learn["mu"], case.labels.to(device)
+    rest |= {"form": form, "sample_weight": learn["weight"], "margin": learn.get("margin"), "other": learn.get("other")}
+    total = pcl_loss(*arguments, reduction="sum", **rest)
+    grads = torch.autograd.grad(total, list(learn.values()))
+    with torch.no_grad():
+        mean = pcl_loss(*arguments, **rest)
+    return {"loss": torch.stack([total.detach(), mean]), **{f"{name} grad": grad for name, grad in zip(learn, grads, strict=True)}}
+
+
+def _judge_loss(case: Pairs, answer: Answer) -> Errors:
+    """Losses, and rows of sum_j phi, which are the gradient of the weights, by what an error of 1e-6 max(1, d) in d explains; gradients of
+    mu and other by the norm of their row and, where it is much smaller than those of its terms, by 2e-2 of theirs; those of the margins,
+    which are counts."""
+    dtype, d = case.mu.dtype, (case.exact() / case.mu.shape[1]).nan_to_num(posinf=INF)
+    rows = [case.exact_rows(form) for form in range(len(reference.PCL_FORMS))]
+    row, pairs, active, mu_grad, other_grad = zip(*rows, strict=True)
+    counts = case.labels[:, None] != (case.labels if case.other is None else case.other_labels)
+    if case.group is not None:
+        counts = counts & (case.group[:, None] == (case.group if case.other is None else case.other_group))
+    weight, unit = case.weight.double(), 1e-13 if dtype == torch.float64 else 1e-6
+    explained, mu_terms, other_terms = [], [], []
+    for form in range(len(reference.PCL_FORMS)):
+        value, slope = reference._pcl_term(form, d, case.margin[:, None].double())
+        error = d.clamp(min=1) * torch.maximum(value.abs(), d * slope.abs())
+        explained.append(torch.where(counts & torch.isfinite(error), error, 0).sum(1) + 1e-300)
+        terms = 2 * (d / case.mu.shape[1]).sqrt() * torch.where(counts & torch.isfinite(error), weight[:, None] * slope.abs(), 0)
+        terms = terms.nan_to_num(nan=0, posinf=0)
+        mu_terms.append((terms + terms.T if case.other is None else terms).sum(1))
+        other_terms.append(terms.sum(0))
+    row, explained, pairs = torch.stack(row), torch.stack(explained), pairs[0].sum().clamp(min=1)
+    divisor = torch.stack([torch.ones(()), pairs]).double()
+    total, allowed = (weight * row).sum(1)[:, None] / divisor, (weight * explained).sum(1)[:, None].clamp(min=1e-300) / divisor
+    limit = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+
+    def by_row(output: str, exact: tuple[Tensor, ...], terms: list[Tensor]) -> tuple[Tensor, float]:
+        exact = torch.stack(exact)
+        smallest = math.sqrt(exact.shape[-1]) * torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # what rounds to 0
+        norm = exact.nan_to_num(nan=0, posinf=0, neginf=0).norm(dim=-1)
+        scale = norm + 2e-2 * torch.stack(terms) + smallest / limit
+        return _deviation(answer[output], exact).norm(dim=-1) / scale, limit
+
+    return {
+        "loss": (_deviation(answer["loss"], total, allowed), unit),
+        "weight grad": (_deviation(answer["weight grad"], row, explained), unit),
+        "mu grad": by_row("mu grad", mu_grad, mu_terms),
+        **({} if case.other is None else {"other grad": by_row("other grad", other_grad, other_terms)}),
+        "margin grad": (_deviation(answer["margin grad"][0], weight * active[2], weight * active[2].clamp(min=1)), unit),
+    }
+
+
+def _pairs_workload(loss: bool, dtype: torch.dtype, d: int, k: int) -> Callable:
+    mu, labels = torch.randn(2048, d, device="cuda").to(dtype).requires_grad_(loss), torch.arange(2048, device="cuda") % 10
+    return (lambda: torch.autograd.grad(pcl_loss(mu, labels), mu)) if loss else partial(pairwise_sqdist, mu)
+
+
 OPS = {  # the one place to add an op: what to run it on, how to run and judge it, and what --tune times
     "knn": Op(_searches, partial(_run_search, knn), _judge_neighbours, partial(_workload, knn)),
     "knn_kde_grad": Op(_searches, partial(_run_search, knn_kde_grad), _judge_density, partial(_workload, knn_kde_grad)),
     "p_sel": _selection("p_sel", _judge_p),
     "score_select": _selection("score_select", _judge_selection),
     "posterior_mean": _selection("posterior_mean", _judge_mean),
+    "pairwise_sqdist": Op(_pairs, _run_distances, _judge_distances, partial(_pairs_workload, False), takes_k=False),
+    "pcl_loss": Op(_pairs, _run_loss, _judge_loss, partial(_pairs_workload, True), takes_k=False),
 }
 
 

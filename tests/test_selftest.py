@@ -49,6 +49,7 @@ def no_gpu(monkeypatch):
 OUTPUTS = {
     "knn": {"sqdist", "set", "order"}, "knn_kde_grad": {"sqdist", "set", "order", "log_density", "score", "truncation"},
     "p_sel": {"p"}, "score_select": {"index", "log_normalizer"}, "posterior_mean": {"mean"},
+    "pairwise_sqdist": {"sqdist"}, "pcl_loss": {"loss", "mu grad", "other grad", "weight grad", "margin grad"},
 }  # fmt: skip
 
 
@@ -84,7 +85,7 @@ LEFT_OUT = "NaN and inf", selftest._searches  # the selections keep theirs
 @pytest.fixture
 def few_cases(monkeypatch):
     """Three cases and one dtype, for what does not depend on them."""
-    names = {"gaussian d=33 k=1", "lattice", "leave one out", "ragged", "log_prior", "NaN and inf"}
+    names = {"gaussian d=33 k=1", "lattice", "leave one out", "ragged", "log_prior", "other", "NaN and inf"}
     monkeypatch.setattr(backends, "_FLOATS", (torch.float32,))
 
     def few(cases):
@@ -204,6 +205,75 @@ def test_a_wrong_mean_is_a_miss(few_cases, monkeypatch):
     monkeypatch.setattr(backends, "implementation", shifted)
     assert "mean in " in selftest.test(CPU, "cpu", "posterior_mean", torch.float32)["verdict"]
     assert selftest.test(CPU, "cpu", "p_sel", torch.float32)["verdict"] == "ok"
+
+
+def scaled_distance(answer):
+    return answer * (1 + 1e-5)
+
+
+def lost_nan(answer):
+    return answer.nan_to_num()
+
+
+def one_sided(answer):
+    answer[:1, 1:] *= 1 + 2e-7
+    return answer
+
+
+@pytest.mark.parametrize("change, output", [(scaled_distance, "sqdist"), (lost_nan, "sqdist"), (one_sided, "bits")])
+def test_a_wrong_distance_of_a_pair_is_a_miss(change, output, few_cases, monkeypatch):
+    implementation = backends.implementation
+
+    def changed(name, backend):
+        run = implementation(name, backend)
+        return (lambda *arguments: change(run(*arguments).clone())) if name == "pair_sqdist" else run
+
+    monkeypatch.setattr(backends, "implementation", changed)
+    assert f"{output} in " in selftest.test(CPU, "cpu", "pairwise_sqdist", torch.float32)["verdict"]
+    assert selftest.test(CPU, "cpu", "pcl_loss", torch.float32)["verdict"] == "ok"
+
+
+def wrong_row(answer, _):
+    answer[0] *= 1 + 1e-5
+    return answer
+
+
+def another_pair(answer, _):
+    answer[1] += 1
+    return answer
+
+
+def another_active_pair(answer, _):
+    answer[2][:1] += 1
+    return answer
+
+
+def turned_gradient(answer, _):
+    answer[3][:1] *= -1
+    return answer
+
+
+def one_gradient_less(answer, _):
+    answer[4][1:2] = 0
+    return answer
+
+
+def no_broken_gradient(answer, _):
+    answer[3].nan_to_num_()
+    return answer
+
+
+@pytest.mark.parametrize(
+    "change, output",
+    [
+        (wrong_row, "loss"), (wrong_row, "weight grad"), (another_pair, "loss"), (another_active_pair, "margin grad"),
+        (turned_gradient, "mu grad"), (one_gradient_less, "other grad"), (no_broken_gradient, "mu grad"), (from_another_call, "bits"),
+    ],  # fmt: skip
+)
+def test_a_wrong_loss_is_a_miss(change, output, few_cases, monkeypatch):
+    perturb(monkeypatch, "pcl_rows", change)
+    assert f"{output} in " in selftest.test(CPU, "cpu", "pcl_loss", torch.float32)["verdict"]
+    assert selftest.test(CPU, "cpu", "pairwise_sqdist", torch.float32)["verdict"] == "ok"
 
 
 def test_a_nearer_point_left_out_is_a_miss(few_cases, monkeypatch):
@@ -350,7 +420,7 @@ def chosen(d, k=16, op="knn", dtype=torch.float32):
 def test_tuned_routes_are_obeyed(card, routes, capsys):
     assert chosen(d=32) == "triton"  # as the unmeasured table has it
     assert selftest.main(["--tune"]) == 0
-    assert f"81 rows for NVIDIA Test 100 in {routes}" in capsys.readouterr().out
+    assert f"99 rows for NVIDIA Test 100 in {routes}" in capsys.readouterr().out
     rows = json.loads(routes.read_text())["rows"]
     assert rows[0] == {
         "device": "NVIDIA Test 100", "op": "knn", "dtypes": ["float16"], "d": [1, 64], "k": [1, 32], "backend": "cuda",
@@ -381,7 +451,7 @@ def test_tuning_replaces_the_rows_of_one_card(card, routes):
     assert chosen(d=512) == "triton" and chosen(d=32, op="knn_kde_grad") == "cuda"
     card.seconds = lambda op, dtype, d, k: {"cuda": 1.0, "triton": 2.0}
     assert selftest.main(["--tune"]) == 0
-    assert chosen(d=512) == "cuda" and len(json.loads(routes.read_text())["rows"]) == 162
+    assert chosen(d=512) == "cuda" and len(json.loads(routes.read_text())["rows"]) == 198
 
 
 def test_what_cannot_be_timed_keeps_the_unmeasured_route(card, routes, capsys):
@@ -422,7 +492,7 @@ BROKEN = {
     "a row that is none": ({"rows": [3]}, "in 3: expected dtypes as a list .*; got None"),
     "unknown backend": (ROW | {"backend": "gpu"}, "expected backend as cuda or triton; got 'gpu'"),
     "a backend for CPU tensors": (ROW | {"backend": "cpu"}, "expected backend as cuda or triton; got 'cpu'"),
-    "unknown op": (ROW | {"op": "knn_kde"}, "expected op as one of knn, knn_kde_grad, p_sel, score_select, posterior_mean; got 'knn_kde'"),
+    "unknown op": (ROW | {"op": "knn_kde"}, f"expected op as one of {', '.join(selftest.OPS)}; got 'knn_kde'"),
     "unknown dtype": (ROW | {"dtypes": ["float64"]}, r"expected dtypes as a list out of float16, .*; got \['float64'\]"),
     "dtype without a list": (ROW | {"dtypes": "float32"}, "expected dtypes as a list .*; got 'float32'"),
     "empty range": (ROW | {"d": [64, 1]}, r"expected d as \[first, last\] with 1 <= first <= last; got \[64, 1\]"),

@@ -11,7 +11,18 @@ import pytest
 import torch
 
 import ltkernels
-from ltkernels import Bank, denoising_target, knn, knn_bandwidth, knn_kde_grad, p_sel, posterior_mean, score_select
+from ltkernels import (
+    Bank,
+    denoising_target,
+    knn,
+    knn_bandwidth,
+    knn_kde_grad,
+    p_sel,
+    pairwise_sqdist,
+    pcl_loss,
+    posterior_mean,
+    score_select,
+)
 
 Q, X = torch.zeros(5, 3), torch.zeros(32, 3)
 BANK = Bank(X)
@@ -26,6 +37,17 @@ LABELS, COUNTS = torch.zeros(32, dtype=torch.int64), torch.tensor([7, 3])
 
 def gated(gate="t2h", x=X, **kwargs):
     return score_select(x, X, 1.0, 1.0, gate=gate, **{"labels": LABELS, "class_counts": COUNTS, **kwargs})
+
+
+FIVE = torch.arange(5)
+
+
+def pcl(mu=Q, labels=FIVE, **kwargs):
+    return pcl_loss(mu, labels, **kwargs)
+
+
+def across(**kwargs):
+    return pcl_loss(Q, FIVE, **{"other": X, "other_labels": LABELS, **kwargs})
 
 
 WRONG = {
@@ -364,6 +386,146 @@ WRONG = {
         lambda: on("cuda", lambda: p_sel(Q, X, 1, 1)),
         RuntimeError,
         "p_sel: backend 'cuda' is not available here: it runs on CUDA tensors; got cpu",
+    ),
+    # pairs: distances
+    "x of one dimension": (
+        lambda: pairwise_sqdist(Q[0]),
+        ValueError,
+        "pairwise_sqdist: expected x of shape (rows, ...) .* got (3,)",
+    ),
+    "y without elements": (
+        lambda: pairwise_sqdist(Q, X[:, :0]),
+        ValueError,
+        "pairwise_sqdist: expected y .* at least one element a row; got (32, 0)",
+    ),
+    "elements of x and y differ": (
+        lambda: pairwise_sqdist(Q, X[:, :2]),
+        ValueError,
+        "pairwise_sqdist: expected x and y with as many elements a row; got 3 and 2",
+    ),
+    "integer x": (lambda: pairwise_sqdist(Q.long()), TypeError, "pairwise_sqdist: expected x in float16, .* got torch.int64"),
+    "half x, single y": (
+        lambda: pairwise_sqdist(Q.half(), X),
+        TypeError,
+        "pairwise_sqdist: expected x and y of one dtype; got torch.float16 and torch.float32",
+    ),
+    "y elsewhere": (
+        lambda: pairwise_sqdist(Q, X.to("meta")),
+        ValueError,
+        "pairwise_sqdist: expected x and y on one device; got cpu and meta",
+    ),
+    "a list for y": (lambda: pairwise_sqdist(Q, [[0.0]]), TypeError, "pairwise_sqdist: expected y as a torch tensor .* got list"),
+    "distances by cuda on CPU tensors": (
+        lambda: on("cuda", lambda: pairwise_sqdist(Q)),
+        RuntimeError,
+        "pairwise_sqdist: backend 'cuda' is not available here: it runs on CUDA tensors; got cpu",
+    ),
+    # pairs: rows and labels
+    "mu of one dimension": (lambda: pcl(Q[0]), ValueError, "pcl_loss: expected mu of shape (rows, ...) .* got (3,)"),
+    "mu without elements": (lambda: pcl(Q[:, :0]), ValueError, "pcl_loss: expected mu .* at least one element a row; got (5, 0)"),
+    "complex mu": (lambda: pcl(Q.cfloat()), TypeError, "pcl_loss: expected mu in float16, .* got torch.complex64"),
+    "None for mu": (lambda: pcl(None), TypeError, "pcl_loss: expected mu as a torch tensor .* got NoneType"),
+    "pcl labels too few": (
+        lambda: pcl(labels=FIVE[:4]),
+        ValueError,
+        "pcl_loss: expected labels as an int64 tensor of shape (5,); got torch.int64 of shape (4,)",
+    ),
+    "pcl labels a column": (lambda: pcl(labels=FIVE[:, None]), ValueError, "pcl_loss: expected labels .* of shape (5,); got .* (5, 1)"),
+    "pcl labels in float": (lambda: pcl(labels=FIVE.float()), ValueError, "pcl_loss: expected labels .* got torch.float32 of shape (5,)"),
+    "pcl labels in int32": (lambda: pcl(labels=FIVE.int()), ValueError, "pcl_loss: expected labels .* got torch.int32 of shape (5,)"),
+    "pcl labels elsewhere": (
+        lambda: pcl(labels=FIVE.to("meta")),
+        ValueError,
+        "pcl_loss: expected labels on the device of its rows, cpu; got meta",
+    ),
+    "pcl labels a list": (lambda: pcl(labels=[0, 1, 2, 3, 4]), TypeError, "pcl_loss: expected labels as a torch tensor .* got list"),
+    "groups too many": (lambda: pcl(group=LABELS), ValueError, "pcl_loss: expected group as an int64 tensor of shape (5,); got .* (32,)"),
+    # pairs: names
+    "form misspelt": (
+        lambda: pcl(form="exp"),
+        ValueError,
+        "pcl_loss: form must be one of exponential, reciprocal, hinge, negative_l2; got 'exp'",
+    ),
+    "distance misspelt": (lambda: pcl(distance="l2"), ValueError, "pcl_loss: distance must be one of mean, sum; got 'l2'"),
+    "no reduction": (lambda: pcl(reduction=None), ValueError, "pcl_loss: reduction must be one of mean, sum; got None"),
+    # pairs: numbers
+    "hinge without a margin": (
+        lambda: pcl(form="hinge"),
+        ValueError,
+        "pcl_loss: form 'hinge' needs a margin and no other form takes it; got none with form 'hinge'",
+    ),
+    "a margin for another form": (
+        lambda: pcl(margin=torch.ones(5)),
+        ValueError,
+        "pcl_loss: form 'hinge' needs a margin and no other form takes it; got one with form 'exponential'",
+    ),
+    "margin NaN": (lambda: pcl(form="hinge", margin=math.nan), ValueError, "pcl_loss: margin must be finite in torch.float32; got nan"),
+    "one margin infinite": (
+        lambda: pcl(form="hinge", margin=torch.tensor([1, 1, math.inf, 1, 1])),
+        ValueError,
+        "pcl_loss: margin must be finite in torch.float32; got inf",
+    ),
+    "margins too few": (
+        lambda: pcl(form="hinge", margin=torch.ones(4)),
+        ValueError,
+        "pcl_loss: margin must be a number, a 0-dim tensor or (B,); got shape (4,) with B=5",
+    ),
+    "margin a string": (lambda: pcl(form="hinge", margin="2"), TypeError, "pcl_loss: expected margin as a torch tensor .* got str"),
+    "sample_weight above float32": (
+        lambda: pcl(sample_weight=1e39),
+        ValueError,
+        "pcl_loss: sample_weight must be finite in torch.float32; got 1e+39",
+    ),
+    "sample_weight a bool": (lambda: pcl(sample_weight=True), TypeError, "pcl_loss: expected sample_weight as .* got bool"),
+    "sample_weight a matrix": (
+        lambda: pcl(sample_weight=torch.ones(5, 5)),
+        ValueError,
+        "pcl_loss: sample_weight must be .* got shape (5, 5) with B=5",
+    ),
+    "sample_weight in integers": (
+        lambda: pcl(sample_weight=FIVE),
+        TypeError,
+        "pcl_loss: sample_weight must be in a floating-point dtype; got torch.int64",
+    ),
+    "sample_weight elsewhere": (
+        lambda: pcl(sample_weight=torch.ones(5, device="meta")),
+        ValueError,
+        "pcl_loss: expected sample_weight on the device of mu, cpu; got meta",
+    ),
+    # pairs: other rows
+    "other without labels": (lambda: across(other_labels=None), ValueError, "pcl_loss: other needs other_labels; got None"),
+    "other_labels without other": (lambda: pcl(other_labels=FIVE), ValueError, "pcl_loss: other_labels needs other; got other=None"),
+    "other_group without other": (
+        lambda: pcl(group=FIVE, other_group=FIVE),
+        ValueError,
+        "pcl_loss: other_group needs other; got other=None",
+    ),
+    "other_labels too few": (
+        lambda: across(other_labels=FIVE),
+        ValueError,
+        "pcl_loss: expected other_labels as an int64 tensor of shape (32,); got torch.int64 of shape (5,)",
+    ),
+    "group of one side": (lambda: across(group=FIVE), ValueError, "pcl_loss: with other, group needs other_group; got other_group=None"),
+    "group of the other side": (
+        lambda: across(other_group=LABELS),
+        ValueError,
+        "pcl_loss: with other, other_group needs group; got group=None",
+    ),
+    "elements of other differ": (
+        lambda: across(other=X[:, :2]),
+        ValueError,
+        "pcl_loss: expected mu and other with as many elements a row; got 3 and 2",
+    ),
+    "double other": (
+        lambda: across(other=X.double()),
+        TypeError,
+        "pcl_loss: expected mu and other of one dtype; got torch.float32 and torch.float64",
+    ),
+    "other elsewhere": (lambda: across(other=X.to("meta")), ValueError, "pcl_loss: expected mu and other on one device; got cpu and meta"),
+    "pcl by triton on CPU tensors": (
+        lambda: on("triton", pcl),
+        RuntimeError,
+        "pcl_loss: backend 'triton' is not available here: .* TRITON_INTERPRET=1",
     ),
 }  # fmt: skip
 

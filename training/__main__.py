@@ -13,11 +13,12 @@ COMMANDS = {
     "ddpm": "train an image diffusion model on a long tail, sample from it and evaluate the samples",
     "cbdm": "the same with class-balancing diffusion",
     "t2h": "the same with oriented calibration: noisy tail images may have head images as targets",
+    "diffrop": "the same with overlap optimisation: denoised means of different classes are pushed apart, on top of ddpm or cbdm",
     "diffrc": "train DiffRC: images of rare classes from a guided diffusion model, and a classifier that learns from them",
-    "sample": "more samples from a run of ddpm, cbdm or t2h, finished or not",
-    "evaluate": "score the samples of runs of ddpm, cbdm or t2h",
+    "sample": "more samples from a run of ddpm, cbdm, t2h or diffrop, finished or not",
+    "evaluate": "score the samples of runs of ddpm, cbdm, t2h or diffrop",
     "classifier": "train the small classifier whose features stand in for Inception's; evaluate does it where it is missing",
-    "figures": "tables and pictures over several seeds: figures dgd, figures cludi, figures t2h, figures diffrc",
+    "figures": "tables and pictures over several seeds: figures dgd, cludi, t2h, diffrop, gda or diffrc",
     "features": "write a feature file of an image folder with a pretrained model of timm",
     "fetch": "download a data set for a machine without network",
 }
@@ -69,6 +70,10 @@ def _cbdm(arguments: list[str]) -> int:
 
 def _t2h(arguments: list[str]) -> int:
     return _images("t2h", arguments)
+
+
+def _diffrop(arguments: list[str]) -> int:
+    return _images("diffrop", arguments)
 
 
 def _images(name: str, arguments: list[str]) -> int:
@@ -152,10 +157,20 @@ def parse(arguments: list[str], command: str, kind: type, presets: dict):
     rest = imbalance_ratio(rest)
     text = f"{kind.__doc__}\n\nPresets: --preset {{{','.join(presets)}}}."
     settings = tyro.cli(kind, default=preset, args=rest, prog=f"python -m training {command}", description=text)
+    refuse_unused_imbalance(settings, rest)
     stored = config.run_folder(settings, command) / "config.json"
     if settings.resume and stored.is_file() and chosen.preset is None:
         settings = tyro.cli(kind, default=config.read(stored, kind), args=rest, prog=f"python -m training {command}")
     return settings, preset
+
+
+def refuse_unused_imbalance(settings, words: list[str]) -> None:
+    from .data import makes_tail
+
+    given = any(re.match(r"--imbalance[-_]ratio(=|$)", word) for word in words)
+    if given and not makes_tail(settings.dataset, settings.indices):
+        expected = "--imbalance-ratio is of the long tails that are made here: of names with -lt, without --indices"
+        raise ValueError(f"dataset {settings.dataset}: {expected}; got {settings.imbalance_ratio:g}")
 
 
 def imbalance_ratio(words: list[str]) -> list[str]:

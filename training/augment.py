@@ -1,5 +1,5 @@
-"""Augmentation that does not leak into the samples: the network is told what was done to an image, and asked for images to which
-nothing was (Karras et al., 2020, 2022)."""
+"""Augmentation of training images: ADA's does not leak into the samples, since the network is told what was done to an image and asked for
+images to which nothing was (Karras et al., 2020, 2022); DiffAug's (Zhao et al., 2020) tells nothing."""
 
 from __future__ import annotations
 
@@ -51,6 +51,42 @@ def ada_augment(x: Tensor, rng: torch.Generator, p: float = 0.12) -> tuple[Tenso
     mirrored = torch.where(x_flip[:, None, None, None], x.flip(3), x)
     resampled = (labels[:, 1:] != 0).any(1)[:, None, None, None]
     return torch.where(resampled, moved, mirrored), labels
+
+
+def diff_augment(x: Tensor, rng: torch.Generator) -> Tensor:
+    """DiffAug's three policies on every image of x (B, C, H, W), as released.
+
+    Colour: brightness + U(-.5, .5), saturation times U(0, 2) around the mean over channels (which does nothing to a single one), contrast
+    times U(.5, 1.5) around the image's mean. Translation by up to an eighth of the edge. Cutout of a square of half the edge around a
+    uniform place. What moves in or is cut out is 0, medium grey.
+
+    The network is told nothing of it, so samples look augmented, too: a baseline of 002.
+    """
+    count, _, height, width = x.shape
+    uniform = torch.rand(count, 7, generator=rng, device=x.device)
+    column = lambda i: uniform[:, i].view(-1, 1, 1, 1)  # noqa: E731
+    x = x + (column(0) - 0.5)
+    x = (x - (grey := x.mean(1, keepdim=True))) * (2 * column(1)) + grey
+    x = (x - (mean := x.mean((1, 2, 3), keepdim=True))) * (column(2) + 0.5) + mean
+
+    def places(edge: int, number: int, reach: int, low: int) -> Tensor:  # (B, 1) integers low..low + reach
+        return (low + (uniform[:, number, None] * (reach + 1)).long().clamp(max=reach)).to(x.device)
+
+    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)  # of the answer
+    from_row, from_column = (
+        line - places(len(line), number, 2 * (far := int(len(line) / 8 + 0.5)), -far) for line, number in ((rows, 3), (columns, 4))
+    )
+    inside = ((from_row >= 0) & (from_row < height))[:, :, None] & ((from_column >= 0) & (from_column < width))[:, None]
+    batch = torch.arange(count, device=x.device)[:, None, None]
+    moved = x.permute(0, 2, 3, 1)[batch, from_row.clamp(0, height - 1)[:, :, None], from_column.clamp(0, width - 1)[:, None]]
+    x = moved.permute(0, 3, 1, 2) * inside[:, None]
+
+    hole = []
+    for line, number in ((rows, 5), (columns, 6)):
+        side = int(len(line) / 2 + 0.5)
+        centre = places(len(line), number, len(line) - side % 2, 0)
+        hole.append((line >= centre - side // 2) & (line < centre - side // 2 + side))
+    return x * ~(hole[0][:, :, None] & hole[1][:, None])[:, None]
 
 
 def _rotation(angle: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 PROVENANCE = ("paper", "code", "ours")
 BANDWIDTHS = ("knn-median", "scott")  # rules of ltkernels.knn_bandwidth
+REFORWARD = 16  # the largest batch of Algorithm 1 to the letter, which makes batch size^2 forwards
+RUN = "RUN"  # --finetune of presets that go on from another run, which has to be given
 TABLE5_ORDER = "7,2,6,4,5,3,9,0,1,8"  # of CIFAR-10: horse, bird, frog, deer, dog, cat, truck, airplane, automobile, ship
 _LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "ge": (">=", lambda value, limit: value >= limit),
@@ -255,7 +257,7 @@ class CLUDIConfig(RunConfig):
 
 @dataclass(frozen=True)
 class ImageConfig(RunConfig):
-    """Image diffusion on a long tail: what DDPM, CBDM and T2H share (001, section 4; the code bases OC_LT and CBDM).
+    """Image diffusion on a long tail: what DDPM, CBDM, T2H and DiffROP share (001, section 4; the code bases OC_LT and CBDM).
 
     The defaults train well on digits within minutes; the presets hold the rows of the paper's tables. D1 to D13 are the points where
     paper and code disagree, see training/README.md.
@@ -283,8 +285,9 @@ class ImageConfig(RunConfig):
     width: int | None = ours(None, code=128, ge=2)  # default: 128 for unet, 256 for mlp
     dropout: float = ours(0.0, code=0.1, ge=0, lt=1)
     flip: Literal["auto", "yes", "no"] = ours("auto", code="yes")  # every second image mirrored; auto: but not digits, which have a side
-    augment: Literal["none", "ada"] = code("none")  # ada: 9 kinds of geometric augmentation, whose parameters the network is told
-    augment_p: float = code(0.12, gt=0)  # probability of each
+    augment: Literal["none", "ada", "diffaug"] = code("none", tables=("diffaug",))
+    """ada: 9 kinds of geometric augmentation, whose parameters the network is told; diffaug: colour, translation, cutout (002, Table 1)"""
+    augment_p: float = code(0.12, gt=0)  # probability of each kind of ada
 
     # Optimisation: Adam.
     steps: int = ours(5000, paper=300_000, code=200_000, tables=(100_000, 400_000), ge=1)
@@ -294,8 +297,10 @@ class ImageConfig(RunConfig):
     warmup: int = ours(200, code=5000, ge=0)  # steps in which the learning rate rises
     ema_decay: float = ours(0.999, code=0.9999, ge=0, lt=1)
     clip: float = code(1.0, gt=0)  # of the gradient's norm
-    batch_resample: Literal["none", "balanced", "sqrt"] = paper("none", tables=("balanced",))
+    batch_resample: Literal["none", "balanced", "sqrt"] = paper("none", tables=("balanced", "sqrt"))
     """rows of a batch: every row once an epoch; class uniform, then row uniform; classes by the square root of their size (D3)"""
+    loss_weight: Literal["none", "inverse"] = paper("none", tables=("inverse",))
+    """inverse: a row's squared error counts 1 / (its class's share), with mean 1 over the training set (002, Table 4)"""
     cfg_drop: float = code(0.1, ge=0)  # share of labels that the network is not told (classifier-free guidance)
     cfg_drop_mode: Literal["sample", "batch"] = ours("sample", code="batch")  # drop the labels of single rows, or of whole batches
     finetune: str | None = ours(None)  # run folder whose averaged weights this run starts from (Table 8)
@@ -353,13 +358,17 @@ class CBDMConfig(ImageConfig):
 
     omega: float = ours(0.5, paper=1.5, code=1.6)  # w of (1 + w) eps(x, y) - w eps(x); code: CBDM's, 2 after fine-tuning
     cb_tau: float = code(1.0, ge=0)  # tau of tau t / T (D12)
-    cb_sampling: Literal["train", "uniform", "sqrt"] = code("train")
-    """the other label: by the training set's frequencies (from scratch), uniform (when fine-tuning), by their square roots"""
+    cb_sampling: Literal["auto", "train", "uniform", "sqrt"] = code("auto")
+    """the other label: by the training set's frequencies, uniform, by their square roots; auto: train, but uniform with --finetune"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.conditional:
             raise ValueError("config: CBDM compares labels, so it needs conditional; got --no-conditional")
+
+    @property
+    def other_labels(self) -> str:
+        return self.cb_sampling if self.cb_sampling != "auto" else "train" if self.finetune is None else "uniform"
 
 
 @dataclass(frozen=True)
@@ -389,6 +398,71 @@ class T2HConfig(ImageConfig):
             raise ValueError(f"config: {expected}; got {self.uncond_transfer_mode}")
         if self.reference == "bank" and self.augment != "none":
             raise ValueError(f"config: reference bank holds images as they are, so it needs augment none; got {self.augment}")
+
+
+@dataclass(frozen=True)
+class DiffROPConfig(CBDMConfig):
+    """DiffROP: overlap optimisation (002): denoised means of different classes at one time are pushed apart, on top of DDPM or CBDM.
+
+    The defaults train well on digits within minutes; the presets hold the rows of the tables of 002, which says "paper" here. R1 to R15 are
+    the points where it is silent or contradicts itself, see training/README.md.
+    """
+
+    base: Literal["ddpm", "cbdm"] = paper("ddpm", tables=("cbdm",))  # the loss that the term comes to
+    dataset: str = ours("digits-lt", paper="cifar100-lt", tables=("cifar10-lt",))
+    steps: int = ours(5000, code=300_000, ge=1)  # code: CBDM's, "strictly adhered to"
+    batch_size: int = ours(128, code=64, ge=1)  # of all ranks together
+    lr: float = ours(1e-3, paper=2e-4, gt=0)  # constant after the warm-up
+    warmup: int = ours(200, paper=5000, ge=0)  # steps in which the learning rate rises
+    samples: int = ours(2000, paper=50_000, tables=(10_000,), ge=1)
+    sample_labels: Literal["equal", "uniform"] = ours("equal")  # as many of each class, or drawn
+    sampler: Literal["ddim", "ddpm"] = ours("ddim")
+    sample_steps: int = ours(100, ge=1)
+    ddim_quirk: bool = ours(False)
+    omega: float = ours(0.5)  # w of (1 + w) eps(x, y) - w eps(x); the paper's is the best of each model
+
+    # The pairs.
+    pcl_t: Literal["group", "batch", "reforward"] = ours("group", tables=("reforward",))
+    """whose times are equal: of every few rows, of all; or a row's partners are noised to its time, batch size^2 forwards (Alg. 1; R1)"""
+    pcl_group_size: int = ours(2, ge=2)  # rows that share a time with --pcl-t group; the times of groups are uniform (R1)
+    pcl_noise: Literal["independent", "shared"] = paper("independent", tables=("shared",))  # in Alg. 1; in Eq. 12 a pair's is one (R2)
+
+    # The term.
+    pcl_form: Literal["exponential", "reciprocal", "hinge", "negative_l2"] = paper("exponential", tables=("reciprocal", "negative_l2"))
+    """phi(d): exp(-d), 1 / (1 + d), max(0, margin - d), -d (R10)"""
+    pcl_margin: float | None = ours(None, gt=0)  # of the form hinge, in units of the distance
+    pcl_distance: Literal["mean", "sum", "kl"] = ours("mean", tables=("sum", "kl"))
+    """d: |mu_i - mu_j|^2 as mean or sum over the pixels, or sum / 2 sigma_t^2; with sum, exp(-d) is 0 in float32 for images (R3, R4)"""
+    pcl_space: Literal["mu", "x0", "eps"] = paper("mu")  # what is pushed apart: the denoised mean, the predicted image or noise (R5)
+    pcl_tau0: float = ours(10.0, ge=0)  # tau(0): the term's gradient is some hundredths of the other's (R5)
+    pcl_tau_schedule: Literal["const", "exp", "linear"] = paper("exp", tables=("const",))  # of tau(t), which decreases (R6)
+    pcl_tau_temp: float = ours(0.3, gt=0)  # kappa of tau(t) = tau0 exp(-t / (kappa T)), the schedule exp (R6)
+    pcl_stopgrad: Literal["none", "partner"] = ours("none")  # partner: a pair's gradient reaches its first row only (R9)
+    pcl_reduce: Literal["mean", "sum"] = ours("mean", tables=("sum",))  # over the pairs (R8)
+    pcl_ratio_every: int = ours(0, ge=0)
+    """steps between measurements of |gradient of the term| / |gradient of the squared error|, a backward pass each; 0: none (R5)"""
+
+    def __post_init__(self) -> None:
+        if not self.conditional:
+            raise ValueError("config: DiffROP compares classes, so it needs conditional; got --no-conditional")
+        super().__post_init__()
+        if (self.pcl_margin is None) == (self.pcl_form == "hinge"):
+            fact = f"{self.pcl_margin} with {self.pcl_form}"
+            raise ValueError(f"config: pcl_margin is required for pcl_form hinge and for no other; got {fact}")
+        if self.pcl_distance == "kl" and self.pcl_space != "mu":
+            raise ValueError(f"config: pcl_distance kl is between Gaussians around mu, so it needs pcl_space mu; got {self.pcl_space}")
+        if self.pcl_t == "reforward" and self.batch_size > REFORWARD:
+            expected = f"pcl_t reforward makes batch_size^2 forwards, so it needs batch_size <= {REFORWARD}"
+            raise ValueError(f"config: {expected}; got {self.batch_size}")
+        fields = type(self).__dataclass_fields__
+        for names, place, unused in (
+            (("cb_tau", "cb_sampling"), "base cbdm", self.base != "cbdm"),
+            (("pcl_group_size",), "pcl_t group", self.pcl_t != "group"),
+            (("pcl_tau_temp",), "pcl_tau_schedule exp", self.pcl_tau_schedule != "exp"),
+        ):
+            for name in names:
+                if unused and getattr(self, name) != fields[name].default:
+                    raise ValueError(f"config: {name} is about {place}; got {name}={getattr(self, name)} without it")
 
 
 @dataclass(frozen=True)
@@ -649,8 +723,42 @@ ROWS_001 = {  # of Table 1, and the plain models that Table 8 starts from, whose
         "table1-h": {"transfer_mode": "h2t"},
         "table1-i": {"transfer_mode": "full"},
         "table1-j": {},
-        "table8-uncond": {"conditional": False, "transfer_mode": "h2t"},  # with --finetune RUN
-        "table8-cond": {},
+        "table8-uncond": {"conditional": False, "transfer_mode": "h2t", "finetune": RUN},
+        "table8-cond": {"finetune": RUN},
+    },
+}
+CIFAR_002 = {"cifar10": {"dataset": "cifar10-lt"}, "cifar100": {"dataset": "cifar100-lt"}}
+FORMS_002 = {"negative-l2": "negative_l2", "exponential": "exponential", "reciprocal": "reciprocal"}
+ROWS_002 = {  # of Tables 1 to 5; guidance is tuned for every model there, so w is that of CBDM's code. Table 3 has Table 1's samples
+    "ddpm": {
+        **{f"002-table1-{name}": {**data, "omega": 0.8} for name, data in CIFAR_002.items()},
+        "002-table1-cifar100-diffaug": {"dataset": "cifar100-lt", "augment": "diffaug", "omega": 0.8},
+        "002-table1-cifar100-rs": {"dataset": "cifar100-lt", "batch_resample": "balanced", "omega": 0.8},
+        "002-table1-cifar100-sqrt-rs": {"dataset": "cifar100-lt", "batch_resample": "sqrt", "omega": 0.8},
+        **{f"002-table2-{name}": {**data, "omega": 0.8, "samples": 10_000} for name, data in CIFAR_002.items()},
+        "002-table4-reweighting": {"dataset": "cifar10-lt", "loss_weight": "inverse", "omega": 0.8},
+    },
+    "cbdm": {
+        **{f"002-table1-{name}": {**data, "omega": 1.6} for name, data in CIFAR_002.items()},
+        **{f"002-table2-{name}": {**data, "omega": 1.6, "samples": 10_000} for name, data in CIFAR_002.items()},
+    },
+    "diffrop": {
+        **{
+            f"{table}-{name}-{base}": {**data, **size, "base": base, "omega": omega}
+            for table, size in (("table1", {}), ("table2", {"samples": 10_000}))
+            for name, data in CIFAR_002.items()
+            for base, omega in (("ddpm", 0.8), ("cbdm", 1.6))
+        },
+        **{
+            f"table5-{name}-{word}": {**data, "pcl_form": form, "omega": 0.8}
+            for name, data in CIFAR_002.items()
+            for word, form in FORMS_002.items()
+        },
+        **{f"figure4-{name}-const": {**data, "pcl_tau_schedule": "const", "omega": 0.8} for name, data in CIFAR_002.items()},
+        "algorithm1": {  # to the letter
+            "dataset": "cifar100-lt", "batch_size": REFORWARD, "omega": 0.8,
+            "pcl_form": "reciprocal", "pcl_t": "reforward", "pcl_distance": "sum", "pcl_reduce": "sum",
+        },  # fmt: skip
     },
 }
 
@@ -661,9 +769,23 @@ def image_presets(method: str, kind: type[ImageConfig]) -> dict[str, ImageConfig
     stated, released = (dataclasses.replace(as_in(source, kind), checkpoint_every=5000) for source in ("paper", "code"))
     readme = dataclasses.replace(stated, batch_size=128, steps=200_000)
     rows = {name: dataclasses.replace(readme, **row) for name, row in {**ROWS_001[method], **DATASETS_001}.items()}
-    short = kind(steps=800, warmup=50, ema_decay=0.98, samples=200, sample_steps=25)
-    return {"default": kind(), "short": short, "300k": stated, "code": released, **rows}
+    return {**small_presets(kind), "300k": stated, "code": released, **rows}
 
 
-IMAGE_CONFIGS = {"ddpm": DDPMConfig, "cbdm": CBDMConfig, "t2h": T2HConfig}
-IMAGE_PRESETS = {name: image_presets(name, kind) for name, kind in IMAGE_CONFIGS.items()}
+def small_presets(kind: type[ImageConfig]) -> dict[str, ImageConfig]:
+    return {"default": kind(), "short": kind(steps=800, warmup=50, ema_decay=0.98, samples=200, sample_steps=25)}
+
+
+def presets_002(method: str, kind: type[ImageConfig]) -> dict[str, ImageConfig]:
+    """What 002 states, CBDM's code where it is silent, and ours where Algorithm 1 is not feasible (R1, R3, R8)."""
+    stated = dataclasses.replace(as_in("paper", kind), checkpoint_every=5000, ddim_quirk=False)
+    return {name: dataclasses.replace(stated, **row) for name, row in ROWS_002[method].items()}
+
+
+IMAGE_CONFIGS = {"ddpm": DDPMConfig, "cbdm": CBDMConfig, "t2h": T2HConfig, "diffrop": DiffROPConfig}
+IMAGE_PRESETS = {
+    "ddpm": {**image_presets("ddpm", DDPMConfig), **presets_002("ddpm", DDPMConfig)},
+    "cbdm": {**image_presets("cbdm", CBDMConfig), **presets_002("cbdm", CBDMConfig)},
+    "t2h": image_presets("t2h", T2HConfig),
+    "diffrop": {**small_presets(DiffROPConfig), **presets_002("diffrop", DiffROPConfig)},
+}

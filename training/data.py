@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -278,7 +279,7 @@ def load(
     else:
         raise ValueError(f"dataset: expected one of {', '.join(NAMES)}; got {name!r}")
 
-    if order is not None and (indices is not None or kind == base):
+    if order is not None and not makes_tail(name, indices):
         expected = "class_order is of the long tails that are made here: of names with -lt, without indices"
         raise ValueError(f"dataset {name}: {expected}; got {order!r}")
     if indices is not None:
@@ -294,6 +295,11 @@ def load(
     else:
         rows = np.arange(len(labels))
     return _taken(name, base == "features", (labels, num_classes, read), rows)
+
+
+def makes_tail(name: str, indices: str | Path | None = None) -> bool:
+    """Whether `load` chooses a long tail of the set's rows; imagenet-lt is a list that has one."""
+    return name.partition(":")[0].endswith("-lt") and name != "imagenet-lt" and indices is None
 
 
 def balanced_reference(name: str, *, root: str | Path = "data", image_size: int = 32) -> Dataset:
@@ -333,6 +339,17 @@ def test_set(name: str, *, root: str | Path = "data", image_size: int = 32) -> D
         known = ", ".join(["digits-train", *CIFAR, "tiny-imagenet", "imagenet-lt", "folder:PATH/train"])
         raise ValueError(f"test_set: expected a data set with a test set of its own ({known}; [-lt]); got {name!r}{hint}")
     return _taken(f"test set of {name}", False, source, np.arange(len(source[0])))
+
+
+def check_reference(name: str, *, root: str | Path = "data", image_size: int = 32) -> None:
+    """Raises what `balanced_reference` would, but for damage inside of a folder's images: those are opened and not decoded."""
+    kind, _, path = name.partition(":")
+    if kind.removesuffix("-lt") == "folder":
+        for file in folder_files(Path(path))[1]:
+            with _opened(file):
+                pass
+    else:
+        balanced_reference(name, root=root, image_size=image_size)
 
 
 def _taken(name: str, features: bool, source: Source, rows: np.ndarray) -> Dataset:
@@ -468,10 +485,19 @@ def _read_image(file: Path, size: int) -> np.ndarray:
     """RGB, shorter side resized to `size`, centre crop: (size, size, 3) uint8."""
     from PIL import Image, ImageOps
 
+    with _opened(file) as image:
+        # fit() resizes and crops in one resampling; it leaves an image of the right size untouched.
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator:
+    """The image, not yet decoded."""
+    from PIL import Image
+
     try:
         with Image.open(file) as image:
-            # fit() resizes and crops in one resampling; it leaves an image of the right size untouched.
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+            yield image
     except OSError as error:
         raise ValueError(f"dataset folder: cannot read image {file}: {error}") from error
 

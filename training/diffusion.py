@@ -38,6 +38,11 @@ class Schedule:
         alpha_bar = self.alpha_bar.to(t.device)[t]  # the table to the times: the other way round, a GPU would be waited for
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
+    @property
+    def betas(self) -> Tensor:
+        """(steps + 1,) float64: beta_t = 1 - abar_t / abar_{t-1}, the papers' sigma_t^2; 0 at t = 0."""
+        return torch.cat([torch.zeros(1, dtype=torch.float64), 1 - self.alpha_bar[1:] / self.alpha_bar[:-1]])
+
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """q(z_t | z_0) for times t (B,)."""
         scale, std = self.coefficients(t, x0)

@@ -138,6 +138,7 @@ def evaluate_images(
     split_ref: str = "balanced",
     seed: int = 0,
     round: bool = True,
+    prd: bool = True,
     cache: Path | None = None,
     progress: bool = False,
 ) -> dict:
@@ -145,7 +146,8 @@ def evaluate_images(
 
     dataset: the long-tailed training set, whose counts make head, med and tail (`rule`) and whose images may have been copied. reference:
     the balanced images. split_ref: what the figures of groups and classes are compared with, these or the training images ("lt").
-    round: float images become 8-bit ones first, as the reference's are. What cannot be computed is None, and `remarks` says why.
+    round: float images become 8-bit ones first, as the reference's are. prd: f8 and f1_8, which take most of the time. What is not computed
+    is None, and `remarks` says why.
     """
     _check(samples, labels, dataset, reference, split_ref)
     samples = to_uint8(samples) if samples.is_floating_point() and round else samples
@@ -163,7 +165,11 @@ def evaluate_images(
     if len(features) != len(real):
         out["remarks"]["equal_sets"] = f"f8, f1_8, precision and recall compare {len(mine)} rows of each set, drawn with seed {seed}"
     clusters = 20 * dataset.num_classes
-    record(["f8", "f1_8"], lambda: metrics.prd(mine, theirs, num_clusters=clusters, seed=seed, progress=progress))
+    if prd:
+        record(["f8", "f1_8"], lambda: metrics.prd(mine, theirs, num_clusters=clusters, seed=seed, progress=progress))
+    else:
+        out |= {"f8": None, "f1_8": None}
+        out["remarks"]["f8"] = "not asked for"
     record(["precision", "recall"], lambda: metrics.improved_precision_recall(mine, theirs, NEIGHBOURS))
 
     pairs = Pairs(features, labels, *_real_parts(net, dataset, reference, real, split_ref, progress))
@@ -280,18 +286,28 @@ def _check(samples: Tensor, labels: Tensor, dataset: data.Dataset, reference: da
 
 def find_reference(settings: ImageConfig) -> data.Dataset:
     """The images to compare a run's samples with, if whatever else evaluation reads is there, too."""
-    if settings.inception is not None and not Path(settings.inception).is_file():
-        raise FileNotFoundError(f"evaluate: no such file of Inception's weights: {settings.inception}")
+    check_inception(settings)
     return data.balanced_reference(settings.dataset, root=settings.root, image_size=settings.image_size)
 
 
-def score(folder: Path, settings: ImageConfig, dataset: data.Dataset, samples: Tensor, labels: Tensor) -> dict:
+def check_reference(settings: ImageConfig) -> None:
+    """Raises what `find_reference` would, without decoding the images of a folder."""
+    check_inception(settings)
+    data.check_reference(settings.dataset, root=settings.root, image_size=settings.image_size)
+
+
+def check_inception(settings: ImageConfig) -> None:
+    if settings.inception is not None and not Path(settings.inception).is_file():
+        raise FileNotFoundError(f"evaluate: no such file of Inception's weights: {settings.inception}")
+
+
+def score(folder: Path, settings: ImageConfig, dataset: data.Dataset, samples: Tensor, labels: Tensor, prd: bool = True) -> dict:
     """The figures of a run's samples, with samples.png and class_fid.png in its folder."""
     reference = find_reference(settings)
     net = net_of(reference, settings)
     report = evaluate_images(
         samples, labels, dataset, reference, net, guidance=settings.omega if settings.conditional else 0.0, rule=settings.split_rule,
-        split_ref=settings.split_ref, seed=settings.seed, cache=Path(settings.cache), progress=settings.progress,
+        split_ref=settings.split_ref, seed=settings.seed, prd=prd, cache=Path(settings.cache), progress=settings.progress,
     )  # fmt: skip
     draw(folder, samples, labels, dataset, report)
     return report
@@ -354,7 +370,8 @@ def tabulate(reports: Mapping[str, Mapping], columns: Sequence[str] = SCORES) ->
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training evaluate", description="Score the samples of runs of ddpm, cbdm or t2h.")
+    text = f"Score the samples of runs of {', '.join(config.IMAGE_CONFIGS)}."
+    parser = argparse.ArgumentParser(prog="python -m training evaluate", description=text)
     parser.add_argument("run", type=Path, nargs="+", help="run folder, or one that sample has written; the options default to the run's")
     parser.add_argument("--inception", help="file of Inception's weights, for torch-fidelity")
     parser.add_argument("--split-ref", choices=("balanced", "lt"), help="what groups and classes are compared with")

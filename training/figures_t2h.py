@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,11 @@ from tqdm import tqdm
 
 import ltkernels
 
-from . import checkpoint, config, data, evaluate, plots, run_images, toy
-from .config import ImageConfig, T2HConfig
+from . import data, evaluate, plots, run_images, toy
+from .config import T2HConfig
 from .diffusion import Diffusion
 from .figures import heading, row
+from .figures_runs import Rows, about, note, panels, panels_text, run_all, write_parts
 from .loop import generator
 
 PARTS = ("mixing", "field", "transfer", "anchor", "table", "steps", "cut")
@@ -50,7 +50,6 @@ METHODS = {  # row of Table 1: method, what makes it that row
 NAMES = {
     "F": "F: DDPM", "G": "G: F + Batch-Resample", "H": "H: G + H2T", "I": "I: G + Full", "J": "J: G + T2H", "CBDM": "CBDM",
 }  # fmt: skip
-SCORES = evaluate.SCORES
 STEP_ROWS = ("F", "G", "J", "CBDM")
 STEP_FACTORS = (0.2, 1.0, 3.0)  # of --steps
 CUT_TIMES = (0.2, 0.4, 0.6, 0.8)  # of T; 0 is row G and 1 is row J
@@ -71,21 +70,21 @@ def figures(
     """Make the chosen parts; returns their text as markdown."""
     if min(*sizes, rows) < 1:
         raise ValueError(f"figures t2h: --sizes and --rows must be >= 1; got {', '.join(map(str, sizes))} and {rows}")
+    table = Rows("figures t2h", METHODS, NAMES, settings, preset, folder)
     make = {
         "mixing": lambda: mixing(settings, folder),
         "field": lambda: field(settings, folder),
         "transfer": lambda: transfer(settings, folder, sizes, rows),
         "anchor": lambda: anchor(settings, seeds, folder),
-        "table": lambda: table(settings, preset, seeds, folder),
-        "steps": lambda: steps(settings, preset, seeds[:SWEEP_SEEDS], folder),
-        "cut": lambda: cut(settings, preset, seeds[:SWEEP_SEEDS], folder),
+        "table": lambda: table.table("table", list(METHODS), seeds, f"Rows of Table 1 on {settings.dataset}"),
+        "steps": lambda: steps(table, seeds[:SWEEP_SEEDS]),
+        "cut": lambda: cut(table, seeds[:SWEEP_SEEDS]),
     }
-    for part in parts:
-        checkpoint.write_json(folder / f"{part}.json", make[part]())
-    texts = {part: TEXTS[part](json.loads((folder / f"{part}.json").read_text())) for part in PARTS if (folder / f"{part}.json").exists()}
-    with checkpoint.replacing(folder / "figures.md") as temporary:
-        temporary.write_text("\n".join(texts.values()))
-    return "\n".join(texts[part] for part in PARTS if part in parts)
+    texts = {
+        "mixing": mixing_text, "field": field_text, "transfer": transfer_text, "anchor": anchor_text, "table": table.table_text,
+        "steps": sweep_text, "cut": sweep_text,
+    }  # fmt: skip
+    return write_parts(parts, make, texts, folder)
 
 
 # ---- mixing: Fig. 3 --------------------------------------------------------------------------------------------------
@@ -275,123 +274,40 @@ def anchor_text(summary: dict) -> str:
 # ---- table, steps, cut: runs -----------------------------------------------------------------------------------------
 
 
-def configured(method: str, settings: T2HConfig, **changes) -> ImageConfig:
-    """The settings of a run of `method`: what `settings` says and the method knows, with `changes`."""
-    kind = config.IMAGE_CONFIGS[method]
-    known = [item.name for item in dataclasses.fields(kind) if hasattr(settings, item.name)]
-    return kind(**{**{name: getattr(settings, name) for name in known}, **changes})
-
-
-def job(name: str, settings: T2HConfig, preset: T2HConfig, folder: Path, seed: int, suffix: str = "", **changes) -> dict:
-    """metrics.json of the run of one row of METHODS, from the disk if it is there."""
-    method, own = METHODS[name]
-    out = folder / f"{name}-{seed}{suffix}"
-    here = {"seed": seed, "out": str(out), "resume": (out / "config.json").exists(), "overwrite": False, "evaluate": True}
-    one = configured(method, settings, **{**own, **changes}, **here)
-    finished = out / "metrics.json"
-    if not finished.exists():
-        return run_images.images(method, one, configured(method, preset))
-    changed = config.differences(config.read(out / "config.json", type(one)), one)
-    if changed:
-        raise ValueError(f"figures t2h: {out} was made with other settings ({'; '.join(changed)}); give another --out")
-    return json.loads(finished.read_text())
-
-
-def run_all(jobs: Sequence[tuple[str, int, Callable[[], dict]]], settings: T2HConfig, part: str) -> dict[str, dict[int, dict]]:
-    """results[name][seed]; refuses figures of different features in one table."""
-    results: dict[str, dict[int, dict]] = {}
-    with tqdm(jobs, desc=part, disable=not settings.progress) as bar:
-        for name, seed, run in bar:
-            bar.set_postfix_str(f"{name}, seed {seed}")
-            results.setdefault(name, {})[seed] = run()
-    features = {result["features"] for own in results.values() for result in own.values()}
-    if len(features) > 1:
-        raise ValueError(f"figures t2h: the runs of part {part} were evaluated with different features ({', '.join(sorted(features))})")
-    return results
-
-
-def about(results: dict[str, dict[int, dict]], settings: T2HConfig, seeds: Sequence[int]) -> dict:
-    """What figures can only be read with."""
-    some = next(iter(next(iter(results.values())).values()))
-    shared = {key: some[key] for key in ("features", "n", "reference", "guidance")}
-    return {"seeds": list(seeds), "settings": config.identity(settings), **shared}
-
-
-def note(summary: dict) -> str:
-    seeds = ", ".join(map(str, summary["seeds"]))
-    return (
-        f"Mean ± standard deviation over seeds {seeds}; {summary['n']} samples, guidance {summary['guidance']:g}, "
-        f"features: {summary['features']}, reference: {summary['reference']}.\n"
-    )
-
-
-def table(settings: T2HConfig, preset: T2HConfig, seeds: Sequence[int], folder: Path) -> dict:
-    """Table 1, conditional rows, and CBDM."""
-    jobs = [(name, seed, lambda name=name, seed=seed: job(name, settings, preset, folder, seed)) for seed in seeds for name in METHODS]
-    results = run_all(jobs, settings, "table")
-    runs = {name: list(own.values()) for name, own in results.items()}
-    summary = {
-        "command": "python -m training figures t2h --parts table", **about(results, settings, seeds),
-        "table": {name: {figure: [one[figure] for one in own] for figure in SCORES} for name, own in runs.items()},
-        "class_fid": {name: [one["class_fid"] for one in own] for name, own in runs.items()},
-        "seconds": {name: [one["seconds"] for one in own] for name, own in runs.items()},
-    }  # fmt: skip
-    shown = ("fid", "fid_head", "fid_med", "fid_tail", "memorisation")
-    rows = {NAMES[name]: {figure: own[figure] for figure in shown} for name, own in summary["table"].items()}
-    plots.comparison(folder / "table.png", rows, title=f"Rows of Table 1 on {settings.dataset}, features: {summary['features']}")
-    return summary
-
-
-def table_text(summary: dict) -> str:
-    lines = [note(summary), *heading(summary["settings"]["dataset"], *SCORES)]
-    return "\n".join([*lines, *(row(NAMES[name], [own[figure] for figure in SCORES]) for name, own in summary["table"].items())]) + "\n"
-
-
-def steps(settings: T2HConfig, preset: T2HConfig, seeds: Sequence[int], folder: Path) -> dict:
+def steps(rows: Rows, seeds: Sequence[int]) -> dict:
     """Fig. 6: rows of the table after fewer and after more steps. A longer run starts as a shorter one, so a line is one training."""
+    settings = rows.settings
     points = {NAMES[name]: {round(settings.steps * factor): (name, {}) for factor in STEP_FACTORS} for name in STEP_ROWS}
     for own in points.values():
         for count, (name, _) in own.items():
             own[count] = (name, {} if count == settings.steps else {"suffix": f"-steps{count}", "steps": count})
-    summary = sweep("steps", points, settings, preset, seeds, folder)
-    plots.curves(folder / "steps.png", summary["panels"], x="training steps", title=f"Robustness over training, {settings.dataset}")
+    summary = sweep("steps", points, rows, seeds)
+    plots.curves(rows.folder / "steps.png", summary["panels"], x="training steps", title=f"Robustness over training, {settings.dataset}")
     return summary
 
 
-def cut(settings: T2HConfig, preset: T2HConfig, seeds: Sequence[int], folder: Path) -> dict:
+def cut(rows: Rows, seeds: Sequence[int]) -> dict:
     """Fig. 7, right: T2H below a time only. 0 is row G, T is row J."""
+    settings = rows.settings
     points = {0: ("G", {}), settings.timesteps: ("J", {})}
     for share in CUT_TIMES:
         time = round(share * settings.timesteps)
         points[time] = ("J", {"suffix": f"-cut{time}", "transfer_cut_time": time})
-    summary = sweep("cut", {"T2H below the cut time": dict(sorted(points.items()))}, settings, preset, seeds, folder)
-    plots.curves(folder / "cut.png", summary["panels"], x="cut time t", title=f"Transfer below a cut time only, {settings.dataset}")
+    summary = sweep("cut", {"T2H below the cut time": dict(sorted(points.items()))}, rows, seeds)
+    plots.curves(rows.folder / "cut.png", summary["panels"], x="cut time t", title=f"Transfer below a cut time only, {settings.dataset}")
     return summary
 
 
-def sweep(part: str, points: dict, settings: T2HConfig, preset: T2HConfig, seeds: Sequence[int], folder: Path) -> dict:
-    """panels[figure][line][x] = one value a seed, of points[line][x] = (row, options of `job`)."""
+def sweep(part: str, points: dict, rows: Rows, seeds: Sequence[int]) -> dict:
+    """The summary of points[line][x] = (row, options of `Rows.run`)."""
     jobs = [
-        (f"{line}, {x}", seed, lambda one=one, seed=seed: job(one[0], settings, preset, folder, seed, **one[1]))
+        (f"{line}, {x}", seed, lambda one=one, seed=seed: rows.run(one[0], seed, **one[1]))
         for seed in seeds for line, own in points.items() for x, one in own.items()
     ]  # fmt: skip
-    results = run_all(jobs, settings, part)
-    panels = {
-        figure: {line: {x: [results[f"{line}, {x}"][seed][figure] for seed in seeds] for x in own} for line, own in points.items()}
-        for figure in ("fid", "fid_head", "fid_tail", "memorisation")
-    }
-    return {"command": f"python -m training figures t2h --parts {part}", **about(results, settings, seeds), "panels": panels}
+    results = run_all(rows.command, part, jobs, rows.settings.progress)
+    figures = panels(results, points, seeds, ("fid", "fid_head", "fid_tail", "memorisation"))
+    return {"command": f"python -m training {rows.command} --parts {part}", **about(results, rows.settings, seeds), "panels": figures}
 
 
 def sweep_text(summary: dict) -> str:
-    lines = [note(summary)]
-    for figure, panel in summary["panels"].items():
-        lines += heading(f"{figure}, {summary['settings']['dataset']}", *map(str, next(iter(panel.values()))))
-        lines += [row(name, list(own.values())) for name, own in panel.items()] + [""]
-    return "\n".join(lines)
-
-
-TEXTS = {
-    "mixing": mixing_text, "field": field_text, "transfer": transfer_text, "anchor": anchor_text, "table": table_text, "steps": sweep_text,
-    "cut": sweep_text,
-}  # fmt: skip
+    return f"{note(summary)}\n{panels_text(summary, summary['settings']['dataset'])}"

@@ -508,6 +508,34 @@ def curves(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[float, Se
     return _save(figure, path, f"mean and standard deviation over {' or '.join(map(str, sorted(seeds)))} seeds")
 
 
+def landscapes(
+    path: str | Path, panels: Sequence[Mapping[str, Any]], *, sides: Sequence[tuple[float, float]], truth: Sequence[float]
+) -> Path:
+    """Losses over two means, a panel each: title, loss (P, P) by m1 and m2 over `sides`, argmin (m1, m2) or None where there is none."""
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, drawn = _figure(len(panels), 3.4 * columns + 1.2, 3.6 * rows + 1.2, columns, sharex=True, sharey=True)
+    (left, right), (low, high) = sides
+    for axes, panel in zip(drawn, panels, strict=True):
+        loss = _numpy(panel["loss"]).T  # rows are m2
+        above = loss - loss.min()
+        levels = above.max() * np.linspace(0, 1, 15) ** 2  # dense where the loss is low
+        x, y = np.linspace(left, right, loss.shape[1]), np.linspace(low, high, loss.shape[0])
+        axes.contourf(x, y, above, levels, cmap="viridis")
+        axes.contour(x, y, above, levels, colors="white", linewidths=0.4)
+        axes.plot([max(left, low), min(right, high)], [max(left, low), min(right, high)], ":", color="white", linewidth=1.2)
+        axes.plot(*truth, "*", color=ORANGE, markersize=15, markeredgecolor="black", label="truth", linestyle="none")
+        if panel["argmin"] is not None:
+            axes.plot(*panel["argmin"], "X", color=VERMILION, markersize=8, markeredgecolor="white", label="minimum", linestyle="none")
+        else:
+            axes.text(0.5, 0.03, "no minimum", transform=axes.transAxes, ha="center", color="white", weight="bold")
+        axes.set(title=panel["title"], xlabel="m1", xlim=(left, right), ylim=(low, high))
+    for axes in drawn[::columns]:
+        axes.set_ylabel("m2")
+    figure.suptitle("Loss of two estimated means, most of the weight on the first")
+    return _save(figure, path, "colour: loss above the least in the frame, dark is low; dotted: m1 = m2")
+
+
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,29 @@ def average(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows):
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[part(len(grad))]
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The whole batch of which `rows` are this rank's `part`.
+
+    Differentiable: a row's gradient is the sum over the losses of all ranks, which have to derive theirs together; `average` then divides
+    it by their number, like every gradient.
+    """
+    return _Gather.apply(rows) if size() > 1 else rows
+
+
 def total(counts: Tensor) -> Tensor:
     """The sum over the ranks."""
     if size() > 1:

@@ -250,3 +250,9 @@ RECIPES = {
     "imagenet-lt": Recipe(net="resnext50", epochs=90, batch_size=512, lr=0.2),  # 003; the weight decay is ours
     "imagenet-lt-200": Recipe(net="resnext50", epochs=200, batch_size=512, lr=0.2),
 }
+
+
+def recipe_of(dataset: str) -> Recipe:
+    """The recipe for the data set of this name."""
+    kind = dataset.partition(":")[0]
+    return RECIPES["digits" if kind.startswith("digits") else "imagenet-lt" if kind == "imagenet-lt" else "cifar"]

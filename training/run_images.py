@@ -17,13 +17,14 @@ from .config import ImageConfig
 from .diffusion import Diffusion, sample_images
 from .ema import Ema
 from .loop import generator, read_log, train
+from .methods import diffrop
 from .methods.cbdm import Balance
 from .methods.ddpm import Denoise
 from .methods.t2h import Calibrate
 from .networks import build_denoiser
 from .runfolder import check_device, open_folder
 
-STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate}
+STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate, "diffrop": diffrop.stage}
 CONFIGS = config.IMAGE_CONFIGS
 SCORES = evaluate.SCORES
 
@@ -34,10 +35,10 @@ def images(method: str, settings: ImageConfig, preset: ImageConfig) -> dict | No
     with ranks.joined(settings.device):
         dataset = load(method, settings)
         modules = build_modules(settings, tuple(dataset.images.shape[1:]), dataset.num_classes)
-        if settings.finetune is not None:
+        folder = config.run_folder(settings, method)
+        if settings.finetune is not None and not (settings.resume and checkpoint.latest(folder, Denoise.name)):
             start_from(Path(settings.finetune), modules)
         stage = STAGES[method](dataset, modules, settings)
-        folder = config.run_folder(settings, method)
         notes = stage.notes()  # while there are ranks to speak of
         ranks.on_the_first(lambda: begin(method, settings, preset, dataset))
         if ranks.rank() == 0:
@@ -67,12 +68,14 @@ def images(method: str, settings: ImageConfig, preset: ImageConfig) -> dict | No
 def begin(method: str, settings: ImageConfig, preset: ImageConfig, dataset: data.Dataset) -> None:
     """The run's folder. A wrong call leaves none behind, and nobody trains for days to learn that the samples cannot be evaluated."""
     if settings.evaluate:
-        evaluate.find_reference(settings)
+        evaluate.check_reference(settings)
     open_folder(method, settings, preset, dataset)
 
 
 def load(method: str, settings: ImageConfig) -> data.Dataset:
     """The training set, and the checks that need it or the machine."""
+    if settings.finetune == config.RUN:
+        raise ValueError(f"{method}: this preset goes on from the weights of a plain run (001, Table 8); give --finetune and its folder")
     dataset = data.load(
         settings.dataset, root=settings.root, imbalance_ratio=settings.imbalance_ratio, profile=settings.profile, seed=settings.seed,
         indices=settings.indices, image_size=settings.image_size, order=settings.class_order,
@@ -111,7 +114,7 @@ def load_weights(run: Path, modules: dict[str, nn.Module]) -> int:
     """Weights of the newest checkpoint of `run`; the step it was written after."""
     step = checkpoint.latest(run, Denoise.name)
     if step is None:
-        raise FileNotFoundError(f"weights: expected the run of ddpm, cbdm or t2h with a checkpoint; there is none in {run}")
+        raise FileNotFoundError(f"weights: expected the run of {', '.join(CONFIGS)} with a checkpoint; there is none in {run}")
     checkpoint.load_modules(run / "weights" / f"{Denoise.name}-{step:06d}.safetensors", modules)
     return step
 
@@ -208,7 +211,7 @@ def sample_run(run: Path, out: Path, raw_weights: bool = False, seed: int | None
 
 
 def sample_main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training sample", description="Samples from a run of ddpm, cbdm or t2h.")
+    parser = argparse.ArgumentParser(prog="python -m training sample", description=f"Samples from a run of {', '.join(CONFIGS)}.")
     parser.add_argument("run", type=Path, help="run folder, of a finished run or of one with a checkpoint")
     parser.add_argument("--n", type=int, dest="samples", help="how many; this and the following: default as in the run")
     parser.add_argument("--omega", type=float)

@@ -1,4 +1,5 @@
-"""What 001's p_sel comes to where it can be worked out: two images, white noise, the two Gaussians of appendix J.
+"""What the papers' toys come to: 001's p_sel where it can be worked out (two images, white noise, the two Gaussians of appendix J), and the
+losses of 002's Fig. 2.
 
 Everything goes through the operators of `ltkernels`, in float64 where the result is exact; an expectation over one-dimensional noise is a
 sum over a fine grid, not over samples.
@@ -90,3 +91,42 @@ def gaussian_samples(head: int, tail: int, rng: torch.Generator) -> Tensor:
 def sample_score(x: Tensor, samples: Tensor, sigma: float) -> Tensor:
     """Score (Q, 2) at x (Q, 2) of `samples` (N, 2) with noise sigma^2 I (Eq. 20): (posterior mean - x) / sigma^2."""
     return (ltkernels.posterior_mean(x, samples, 1.0, sigma) - x) / sigma**2
+
+
+# ---- Fig. 2 of 002 ---------------------------------------------------------------------------------------------------
+
+SHARES, MEANS = (0.95, 0.05), (0.0, 2.0)  # of 5.1 in 002: head and tail
+
+
+def landscape(
+    form: str | None, m1: Tensor, m2: Tensor, *, tau: float = 1.0, margin: float | None = None, sigma: float = 1.0
+) -> Tensor:
+    """(len(m1), len(m2)) float64: the loss of estimating the means of .95 N(0, sigma^2) + .05 N(2, sigma^2) as m1 and m2, of each pair.
+
+    [.95 m1^2 + .05 (m2 - 2)^2] / 2 sigma^2 + tau phi(D), D = (m1 - m2)^2 / 2 sigma^2 the divergence of the two estimated parts, phi one of
+    the forms of `ltkernels.pcl_loss`; None: the first part alone. The form "hinge" with margin <= 2 / sigma^2, the true divergence, keeps
+    the optimum (0, 2) at loss 0; "negative_l2" moves it, and away to infinity for tau >= .0475; the others move it as well.
+    Example: `landscape("hinge", torch.linspace(-1, 3, 81), torch.linspace(-1, 3, 81), margin=2.0)`.
+    """
+    m1, m2 = m1.double(), m2.double()
+    fit = (SHARES[0] * (m1[:, None] - MEANS[0]).square() + SHARES[1] * (m2 - MEANS[1]).square()) / (2 * sigma**2)
+    if form is None:
+        return fit
+    divergence = ltkernels.pairwise_sqdist(m1[:, None], m2[:, None]) / (2 * sigma**2)
+    phi = {
+        "exponential": lambda d: (-d).exp(), "reciprocal": lambda d: 1 / (1 + d),
+        "hinge": lambda d: (margin - d).clamp(min=0), "negative_l2": lambda d: -d,
+    }  # fmt: skip
+    return fit + tau * phi[form](divergence)
+
+
+def optimum(form: str | None, **options) -> tuple[float, float, float]:
+    """(m1, m2, loss) of the smallest value of `landscape` with these options, by grids that get finer around it, the first from -4 to 16.
+    Where there is none, the answer is where these end."""
+    centre, reach = (6.0, 6.0), 10.0
+    for _ in range(12):
+        m1, m2 = (torch.linspace(c - reach, c + reach, 201, dtype=torch.float64) for c in centre)
+        loss = landscape(form, m1, m2, **options)
+        row, column = divmod(int(loss.argmin()), len(m2))
+        centre, reach = (float(m1[row]), float(m2[column])), reach / 4
+    return *centre, float(loss[row, column])

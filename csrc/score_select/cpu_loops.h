@@ -6,21 +6,10 @@
 #include <cstring>
 #include <limits>
 
-#include "../common/cpu_level.h"
+#include "../common/cpu_vector.h"
 #include "../common/philox.h"
 
 namespace ltkernels::isa {
-
-template <class W, int Bytes>
-struct VectorOf;
-template <int Bytes>
-struct VectorOf<float, Bytes> {
-  typedef float type __attribute__((vector_size(Bytes), aligned(4), may_alias));
-};
-template <int Bytes>
-struct VectorOf<double, Bytes> {
-  typedef double type __attribute__((vector_size(Bytes), aligned(8), may_alias));
-};
 
 constexpr int64_t kChunk = 256;        // columns whose logits are normalised together: fixed, for it shows in the last bit
 constexpr int64_t kChain = 32;         // longest chain of additions in a distance
@@ -135,35 +124,6 @@ LT_INLINE double make_logits(const double* sqdist, const W* prior, int64_t count
   for (int64_t j = count; j < kChunk; ++j) logit[j] = kNone;
   return largest(logit, kChunk);
 }
-
-LT_INLINE float bits_to_float(int32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-LT_INLINE int32_t float_to_bits(float value) {
-  int32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-// e^x for x <= 0 to 2 ulp, 0 below the normal range. Without branches: loops over it are vectorised.
-LT_INLINE float exp_negative(float x) {
-  const float clamped = x > -88.0f ? x : -88.0f;
-  const float whole = (clamped * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;  // rounds to the nearest integer
-  const float r = (clamped - whole * 0x1.62e4p-1f) - whole * 0x1.7f7d1cp-20f;
-  float y = 1.0f / 720 + r * (1.0f / 5040);
-  y = 1.0f / 120 + r * y;
-  y = 1.0f / 24 + r * y;
-  y = 1.0f / 6 + r * y;
-  y = 0.5f + r * y;
-  y = 1 + (r + r * r * y);
-  const float scaled = y * bits_to_float((static_cast<int32_t>(whole) + 127) << 23);
-  return x > -87.0f ? scaled : 0.0f;
-}
-
-LT_INLINE double exp_negative(double x) { return std::exp(x); }
 
 // weight[j] = exp(logit[j] - top); answers their sum.
 template <class W>

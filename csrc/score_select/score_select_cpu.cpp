@@ -12,13 +12,13 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "../common/check.h"
 #include "../common/cpu_memory.h"
+#include "../common/cpu_tasks.h"
 #include "cpu_loops.h"
 
 namespace ltkernels {
@@ -30,24 +30,6 @@ using torch::headeronly::Half;
 
 constexpr int64_t kMaxRows = 64;             // rows of x that a worker takes at a time
 constexpr int64_t kPartials = 128 * 1024;    // of rows whose chunks are combined at one time
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-template <class F>
-void for_each(int64_t workers, int64_t tasks, const F& f) {  // f(worker, task), dynamic: cores need not be equally fast
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; ++w) {
-      for (int64_t task; (task = next++) < tasks;) f(w, task);
-    }
-  });
-}
 
 // ---- logits and what follows from them -----------------------------------------------------------------------------
 
@@ -79,7 +61,7 @@ class Selection {
 
  public:
   explicit Selection(const Problem<T>& problem)
-      : p_(problem), ops_(isa::select_ops<T>(isa::level())), workers_(std::max<int64_t>(1, torch::stable::get_num_threads())) {
+      : p_(problem), ops_(isa::select_ops<T>(isa::level())), workers_(worker_count()) {
     padded_ = round_up(p_.d, ops_.width);
     chunks_ = divide_up(p_.k, kChunk);
     direct_ = std::is_same_v<T, W> && p_.d == padded_;
@@ -222,7 +204,7 @@ class Mix {
  public:
   Mix(const W* weight, const T* clean, W* out, int64_t b, int64_t k, int64_t d)
       : weight_(weight), clean_(clean), out_(out), b_(b), k_(k), d_(d), ops_(isa::select_ops<T>(isa::level())),
-        workers_(std::max<int64_t>(1, torch::stable::get_num_threads())), group_(kStrips * ops_.mix_cols) {
+        workers_(worker_count()), group_(kStrips * ops_.mix_cols) {
     const int64_t groups = divide_up(d_, group_), wanted = divide_up(4 * static_cast<int64_t>(workers_.size()), groups);
     rows_ = std::clamp<int64_t>(round_up(divide_up(b_, wanted), ops_.mix_rows), ops_.mix_rows, kMaxRows);
   }

@@ -1,9 +1,10 @@
-"""Runs of ddpm, cbdm and t2h: what they draw, what they leave, and that a killed one ends like one that was not."""
+"""Runs of ddpm, cbdm, t2h and diffrop: what they draw, what they leave, and that a killed one ends like one that was not."""
 
 import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,18 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from training import checkpoint, config, data, loop, run_images
+from training import checkpoint, config, data, evaluate, loop, run_images
 from training.__main__ import main
 from training.config import IMAGE_CONFIGS as KINDS
 from training.config import IMAGE_PRESETS, T2HConfig
+from training.methods import diffrop
 from training.methods.cbdm import CBDM, Balance
 from training.methods.ddpm import Denoise, mirrored
 from training.methods.t2h import Calibrate
 
-METHODS = ("ddpm", "cbdm", "t2h")
-STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate}
+METHODS = ("ddpm", "cbdm", "t2h", "diffrop")
+STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate, "diffrop": diffrop.stage}
 TINY = (
     "--no-progress --no-evaluate --steps 10 --checkpoint-every 5 --batch-size 32 --width 32 --dropout 0.1 --samples 20 --sample-steps 4 "
     "--warmup 2"
@@ -184,6 +187,38 @@ def test_finetuning_starts_from_the_averaged_weights(whole, tmp_path):
     assert any(not torch.equal(plain[key], plain[f"ema.net.{key.removeprefix('net.')}"]) for key in plain if key.startswith("net."))
 
 
+def test_a_run_that_was_fine_tuned_resumes_without_the_run_that_it_started_from(whole, tmp_path, monkeypatch):
+    """Its weights are in the checkpoint. Before the first one they are not."""
+    shutil.copytree(whole / "ddpm", tmp_path / "plain")
+    options = ("--finetune", str(tmp_path / "plain"))
+    assert run("cbdm", tmp_path / "tuned", *options) == 0
+
+    original, kill_at = Denoise.draw, [7]
+
+    def killed(self, step, rng):
+        if step == kill_at[0]:
+            raise FloatingPointError("killed")
+        return original(self, step, rng)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Denoise, "draw", killed)
+        assert run("cbdm", tmp_path / "cut", *options) == 2 and checkpoint.latest(tmp_path / "cut", "denoise") == 5
+        kill_at[0] = 3
+        assert run("cbdm", tmp_path / "early", *options) == 2 and checkpoint.latest(tmp_path / "early", "denoise") is None
+    shutil.rmtree(tmp_path / "plain")
+    assert main(["cbdm", "--no-progress", "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    name = "weights/denoise-000010.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "tuned" / name).read_bytes()
+    assert main(["cbdm", "--no-progress", "--out", str(tmp_path / "early"), "--resume"]) == 2
+
+
+def test_other_labels_are_uniform_when_fine_tuning():
+    for finetune, given, expected in ((None, "auto", "train"), ("RUN", "auto", "uniform"), ("RUN", "sqrt", "sqrt"), (None, "sqrt", "sqrt")):
+        stage = stage_of("cbdm", finetune=finetune, cb_sampling=given)
+        assert torch.equal(stage.method.weight, CBDM(stage.counts, sampling=expected).weight)
+        assert torch.equal(stage_of("diffrop", base="cbdm", finetune=finetune, cb_sampling=given).method.weight, stage.method.weight)
+
+
 def test_pictures_every_few_steps_start_from_one_noise(tmp_path, monkeypatch):
     starts = []
     original = run_images.sample_images
@@ -205,7 +240,12 @@ WRONG = {
     "ddpm --sampler ddpm --ddim-quirk": "config: ddim_quirk is about the sampler ddim; got ddpm",
     "cbdm --no-conditional": "config: CBDM compares labels, so it needs conditional; got --no-conditional",
     "t2h --reference bank --augment ada": "config: reference bank holds images as they are, so it needs augment none; got ada",
-    "t2h --finetune nowhere": "weights: expected the run of ddpm, cbdm or t2h with a checkpoint; there is none in nowhere",
+    "t2h --finetune nowhere": "weights: expected the run of ddpm, cbdm, t2h, diffrop with a checkpoint; there is none in nowhere",
+    "t2h --preset table8-cond": "t2h: this preset goes on from the weights of a plain run (001, Table 8); give --finetune and its folder",
+    "t2h --preset table8-uncond": "t2h: this preset goes on from the weights of a plain run (001, Table 8); give --finetune and its folder",
+    "ddpm --dataset digits --imbalance-ratio 5": "dataset digits: --imbalance-ratio is of the long tails that are made here: of names",
+    "cbdm --dataset digits --imb-factor .5": "without --indices; got 2",
+    "ddpm --indices some.json --imbalance_ratio=5": "dataset digits-lt: --imbalance-ratio is of the long tails that are made here",
     "ddpm --dataset digits --class-order reversed": "class_order is of the long tails that are made here",
     "t2h --no-conditional --uncond-transfer-mode none": "uncond_transfer_mode is about dropped labels",
     "t2h --transfer-beta 1 --uncond-transfer-mode h2t": "transfer_beta replaces every gate",
@@ -236,12 +276,29 @@ def test_features_are_no_images(tmp_path, capsys):
     assert "ddpm: expected a data set of images" in capsys.readouterr().err
 
 
+def test_the_reference_is_looked_for_without_decoding_a_folder(tmp_path, monkeypatch):
+    for number in range(4):
+        (tmp_path / "images" / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / "images" / str(number % 2) / f"{number}.png")
+    settings = KINDS["ddpm"](dataset=f"folder-lt:{tmp_path / 'images'}", image_size=4)
+    assert len(evaluate.find_reference(settings)) == 4
+    monkeypatch.setattr(data, "_read_image", lambda *arguments: pytest.fail("decoded"))
+    evaluate.check_reference(settings)
+    with pytest.raises(FileNotFoundError, match="no such file of Inception's weights: nowhere"):
+        evaluate.check_reference(dataclasses.replace(settings, inception="nowhere"))
+    (tmp_path / "images" / "1" / "4.png").write_text("no image")
+    with pytest.raises(ValueError, match="cannot read image .*4.png"):
+        evaluate.check_reference(settings)
+    with pytest.raises(FileNotFoundError, match="cifar10: no intact copy"):
+        evaluate.check_reference(KINDS["ddpm"](dataset="cifar10-lt", root=str(tmp_path)))
+
+
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
 def test_presets_hold_the_rows_of_the_tables():
     row = lambda method, name: IMAGE_PRESETS[method][name]  # noqa: E731
-    letters = {name[-1] for method in METHODS for name in IMAGE_PRESETS[method] if name.startswith("table1")}
+    letters = {name[-1] for method in METHODS for name in IMAGE_PRESETS[method] if re.fullmatch("table1-.", name)}
     assert letters == set("abcdefghij")
     for name, conditional, mode in (("c", False, "full"), ("d", False, "t2h"), ("e", False, "h2t"), ("h", True, "h2t"), ("j", True, "t2h")):
         settings = row("t2h", f"table1-{name}")
@@ -268,7 +325,7 @@ def test_both_spellings_of_imbalance():
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_to_be_compared_draw_the_same(method):
     batch, plain = draw(stage_of(method, batch_resample="none")), draw(stage_of("ddpm"))
-    for name in ("rows", "t", "x_t", "label"):
+    for name in ("rows", "x0", "whole_eps", "label", *(("t", "x_t") if method != "diffrop" else ())):  # which shares times in pairs
         assert torch.equal(getattr(batch, name), getattr(plain, name)), name
 
 
@@ -369,7 +426,7 @@ def test_each_method_fits_two_images(tmp_path, method, prediction):
     stage = stage_of(method, few, **options, prediction=prediction)
     loop.train(stage, tmp_path, seed=0, progress=False, checkpoint_every=300)
     rows = loop.read_log(tmp_path / "log.jsonl")
-    key = "loss_mse" if method == "cbdm" else "loss"
+    key = "loss_mse" if method in ("cbdm", "diffrop") else "loss"
     first, last = (np.mean([row[key] for row in part]) for part in (rows[:10], rows[-50:]))
     assert last < 0.5 * first
     if method == "t2h":  # its samples for one label may show the other image: that is the method

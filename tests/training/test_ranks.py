@@ -111,10 +111,45 @@ def test_gathered_ranks_choose_as_one_process_does(spawn, alone, tmp_path, size)
             torch.testing.assert_close(torch.tensor(answer[4][key]), torch.tensor(value), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method, options", [("ddpm", {}), ("cbdm", {"cfg_drop": 0.5, "augment": "ada", "batch_resample": "sqrt"})])
+@pytest.mark.parametrize("method, options", [
+    ("ddpm", {"augment": "diffaug", "loss_weight": "inverse"}), ("cbdm", {"cfg_drop": 0.5, "augment": "ada", "batch_resample": "sqrt"}),
+    ("diffrop", {"pcl_group_size": 12, "cfg_drop": 0.3}),
+])  # fmt: skip
 def test_losses_do_not_depend_on_ranks(spawn, alone, tmp_path, method, options):
     one, two = alone(method, **options)[0], spawn(trained, 2, tmp_path / "ranks", method, options)[0][0]
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-6)
+
+
+def gradients(rank, size, folder, options):
+    """(figures, gradients) of one step of diffrop, as the loop averages them."""
+    options = {"batch_size": BATCH, "steps": STEPS, "width": 32, "cfg_drop": 0.2, "pcl_ratio_every": 1, **options}
+    settings, dataset = IMAGE_CONFIGS["diffrop"](**options), data.load("digits-lt", imbalance_ratio=20)
+    stage = run_images.STAGES["diffrop"](dataset, run_images.build_modules(settings, (1, 8, 8), 10), settings)
+    loss, figures = stage.loss(0, loop.generator(0, 0, "denoise", 0))
+    loss.backward()
+    params = list(stage.modules["net"].parameters())
+    figures = {name: value.detach() for name, value in {"loss": loss, **figures}.items()}
+    figures = loop.averaged(params, figures) if size > 1 else figures
+    return {name: float(value) for name, value in figures.items()}, [param.grad.tolist() for param in params]
+
+
+DIFFROP = [  # groups of 12 and of 5 straddle ranks
+    (2, {"pcl_group_size": 12}), (4, {"pcl_group_size": 5, "base": "cbdm", "pcl_form": "reciprocal"}), (4, {"pcl_t": "batch"}),
+    (2, {"pcl_group_size": 12, "pcl_stopgrad": "partner", "pcl_reduce": "sum", "pcl_tau0": 0.1}), (2, {"pcl_noise": "shared"}),
+    (2, {"pcl_group_size": 12, "pcl_distance": "kl", "pcl_form": "hinge", "pcl_margin": 1e4, "pcl_tau0": 1e-3}),
+    (2, {"batch_size": 8, "pcl_t": "reforward"}), (2, {"batch_size": 8, "pcl_t": "reforward", "pcl_noise": "shared", "augment": "ada"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size, options", DIFFROP)
+def test_pairs_of_rows_of_two_ranks_count_as_in_one_process(spawn, tmp_path, size, options):
+    (one, one_gradients), answers = gradients(0, 1, tmp_path, options), spawn(gradients, size, tmp_path / "ranks", options)
+    assert one["pairs"] > 10 and one["loss_pcl"] > 0
+    for figures, found in answers:
+        assert figures.pop("pcl_ratio") == pytest.approx(one["pcl_ratio"], rel=1e-4)  # of sums over thousands of gradients
+        assert figures == pytest.approx({name: one[name] for name in figures}, rel=1e-6) and len(figures) == len(one) - 1
+        for mine, theirs in zip(one_gradients, found, strict=True):
+            torch.testing.assert_close(torch.tensor(theirs), torch.tensor(mine), rtol=1e-4, atol=1e-6 * (1 + one["loss"]))
 
 
 def test_without_gather_the_log_says_what_the_reference_is(spawn, alone, tmp_path):

@@ -5,6 +5,7 @@ from .cludi import CLUDI
 from .ddpm import DDPM
 from .dgd import DensityGuidance
 from .diffrc import DiffRC
+from .diffrop import DiffROP
 from .t2h import T2H
 
-__all__ = ["CBDM", "CLUDI", "DDPM", "DensityGuidance", "DiffRC", "T2H"]
+__all__ = ["CBDM", "CLUDI", "DDPM", "DensityGuidance", "DiffRC", "DiffROP", "T2H"]

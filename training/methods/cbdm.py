@@ -49,7 +49,7 @@ class Balance(Denoise):
 
     def __init__(self, dataset, modules, config):
         super().__init__(dataset, modules, config)
-        self.method = CBDM(dataset.counts, tau=config.cb_tau, sampling=config.cb_sampling, steps=config.timesteps)
+        self.method = CBDM(dataset.counts, tau=config.cb_tau, sampling=config.other_labels, steps=config.timesteps)
 
     def further_terms(self, batch, output):
         other = self.method.labels(self.config.batch_size, batch.rng)[ranks.part(self.config.batch_size)]

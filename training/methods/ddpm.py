@@ -1,6 +1,6 @@
-"""DDPM (Ho et al., 2020) on images, conditional or not: the base that CBDM and T2H change in one place each.
+"""DDPM (Ho et al., 2020) on images, conditional or not: the base that CBDM, T2H and DiffROP change in one place each.
 
-`DDPM` is the plain target in the form that T2H's has, for anybody's loop. `Denoise` is the stage of all three methods: what a step draws,
+`DDPM` is the plain target in the form that T2H's has, for anybody's loop. `Denoise` is the stage of all four methods: what a step draws,
 the network's input, and the loss.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ltkernels
 
 from .. import data, ranks
-from ..augment import ada_augment
+from ..augment import ada_augment, diff_augment
 from ..config import ImageConfig
 from ..diffusion import Diffusion
 from ..loop import Stage, generator
@@ -46,8 +46,12 @@ class Batch:
     x_t: Tensor  # (B, C, H, W)
     rng: torch.Generator  # for whatever else the method draws, which it does for the whole batch
     offset: int  # number of row 0 in the whole batch
-    whole_x0: Tensor  # the whole batch's x0 and y
+    whole_x0: Tensor  # the whole batch's
     whole_y: Tensor
+    whole_label: Tensor | None
+    whole_t: Tensor
+    whole_eps: Tensor
+    whole_augment: Tensor | None
 
 
 class Denoise(Stage):
@@ -59,6 +63,7 @@ class Denoise(Stage):
         self.config, self.modules, self.lr, self.steps, self.cache = config, modules, {"net": config.lr}, config.steps, {}
         self.x, self.y = dataset.images.to(config.device), dataset.labels.to(config.device)
         self.counts = torch.tensor(dataset.counts, device=config.device)  # of the training set, however its rows are drawn
+        self.weight = class_weights(self.counts) if config.loss_weight == "inverse" else None
         self.flips = config.flip == "yes" or config.flip == "auto" and not dataset.name.startswith("digits")
         self.diffusion = Diffusion(config.timesteps, config.beta_start, config.beta_end)
         self.net = torch.compile(modules["net"].train()) if config.compile else modules["net"].train()
@@ -69,30 +74,45 @@ class Denoise(Stage):
         config, count, device = self.config, self.config.batch_size, self.x.device
         uniform = lambda *shape: torch.rand(shape, generator=rng, device=device)  # noqa: E731
         rows = data.batch_of_rows(self.y, config.batch_resample, count, step, config.seed, rng)
-        t = torch.randint(1, config.timesteps + 1, (count,), generator=rng, device=device)
-        eps = torch.randn(count, *self.x.shape[1:], generator=rng, device=device)
+        t, eps = self.times(rng), self.noise(rng)
         dropped = uniform(count if config.cfg_drop_mode == "sample" else 1).expand(count) < config.cfg_drop
         flipped = (uniform(count) < 0.5) & self.flips
         x0, augment = mirrored(self.x[rows], flipped), None
         if config.augment == "ada":
             x0, augment = ada_augment(x0, rng, config.augment_p)
+        elif config.augment == "diffaug":
+            x0 = diff_augment(x0, rng)
 
         y, part = self.y[rows], ranks.part(count)
+        label = y.where(~dropped, -1) if config.conditional else None
         scale, std = self.diffusion.coefficients(t[part], x0)
+        own = lambda whole: None if whole is None else whole[part]  # noqa: E731
         return Batch(
-            rows[part], x0[part], y[part], y.where(~dropped, -1)[part] if config.conditional else None, flipped[part],
-            None if augment is None else augment[part], t[part], scale, std,
-            self.diffusion.add_noise(x0[part], eps[part], t[part]), rng, part.start, x0, y,
+            rows[part], x0[part], y[part], own(label), flipped[part], own(augment), t[part], scale, std,
+            self.diffusion.add_noise(x0[part], eps[part], t[part]), rng, part.start, x0, y, label, t, eps, augment,
         )  # fmt: skip
+
+    def times(self, rng: torch.Generator) -> Tensor:
+        """(batch size,) in 1..T."""
+        return torch.randint(1, self.config.timesteps + 1, (self.config.batch_size,), generator=rng, device=self.x.device)
+
+    def noise(self, rng: torch.Generator) -> Tensor:
+        return torch.randn(self.config.batch_size, *self.x.shape[1:], generator=rng, device=self.x.device)
 
     def loss(self, step, rng):
         batch = self.draw(step, rng)
         target, figures = self.target(batch)
         with self.dropout(batch):
             output = self.predict(batch, batch.label)
-            mse = F.mse_loss(output, target)
+            mse = self.error(output, target, batch.y)
             terms = self.further_terms(batch, output)
         return mse + sum(terms.values()), {**({"loss_mse": mse} if terms else {}), **terms, **figures}
+
+    def error(self, output: Tensor, target: Tensor, y: Tensor) -> Tensor:
+        """Mean squared error, the rows weighted by their class with --loss-weight."""
+        if self.weight is None:
+            return F.mse_loss(output, target)
+        return ((output - target).square().flatten(1).mean(1) * self.weight[y]).mean()
 
     def target(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """What the network's output should be, and figures for the log."""
@@ -135,6 +155,12 @@ class Denoise(Stage):
         self.modules["ema"].update(self.modules["net"])
         if self.config.grid_every and (step + 1) % self.config.grid_every == 0:
             self.picture(step + 1)
+
+
+def class_weights(counts: Tensor) -> Tensor:
+    """(C,) float32: 1 / w_c for the class shares w_c of the training set (002, below Eq. 6), with mean 1 over its rows; 0 without rows."""
+    counts = counts.double()
+    return torch.where(counts > 0, counts.sum() / (counts * (counts > 0).sum()), 0.0).float()
 
 
 def mirrored(x: Tensor, rows: Tensor) -> Tensor:
