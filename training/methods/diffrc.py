@@ -79,9 +79,8 @@ class DiffRC:
                 continue
             members = order[first[sizes == n, None] + torch.arange(n, device=y.device)]  # (groups, n)
             tar, sou = (_cosines(x[members]) for x in unit)
-            log_tar = (tar * self.factors().to(tar)[y[members[:, 0]]][:, None, None]).log_softmax(2)
-            log_sou = sou.log_softmax(2)
-            p, q = (log_tar, log_sou) if self.pair_kl == "tar_sou" else (log_sou, log_tar)
+            tar = tar * self.factors().to(tar)[y[members[:, 0]]][:, None, None]
+            p, q = (x.log_softmax(2) for x in ((tar, sou) if self.pair_kl == "tar_sou" else (sou, tar)))
             rows.append((p.exp() * (p - q)).sum(2).flatten())
         return getattr(torch.cat(rows), self.pair_reduce)() if rows else target[:0].sum()  # nothing to compare: 0, with a gradient of 0
 
@@ -154,7 +153,8 @@ class Adapt(Denoise):
         flipped = (torch.rand(len(rows), generator=rng, device=device) < 0.5) & self.flips
         x0, y = mirrored(self.x[rows], flipped), self.y[rows]
         scale, std = self.diffusion.coefficients(t, x0)
-        return Batch(rows, x0, y, None, flipped, None, t, scale, std, self.diffusion.add_noise(x0, eps, t), rng, 0, x0, y)
+        x_t = self.diffusion.add_noise(x0, eps, t)
+        return Batch(rows, x0, y, None, flipped, None, t, scale, std, x_t, rng, 0, x0, y, None, t, eps, None)
 
     def further_terms(self, batch, output):
         if self.own.lam == 0:
