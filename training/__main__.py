@@ -14,10 +14,11 @@ COMMANDS = {
     "cbdm": "the same with class-balancing diffusion",
     "t2h": "the same with oriented calibration: noisy tail images may have head images as targets",
     "diffrop": "the same with overlap optimisation: denoised means of different classes are pushed apart, on top of ddpm or cbdm",
+    "diffrc": "train DiffRC: images of rare classes from a guided diffusion model, and a classifier that learns from them",
     "sample": "more samples from a run of ddpm, cbdm, t2h or diffrop, finished or not",
     "evaluate": "score the samples of runs of ddpm, cbdm, t2h or diffrop",
     "classifier": "train the small classifier whose features stand in for Inception's; evaluate does it where it is missing",
-    "figures": "tables and pictures over several seeds: figures dgd, figures cludi, figures t2h, figures diffrop, figures gda",
+    "figures": "tables and pictures over several seeds: figures dgd, cludi, t2h, diffrop, gda or diffrc",
     "features": "write a feature file of an image folder with a pretrained model of timm",
     "fetch": "download a data set for a machine without network",
 }
@@ -82,6 +83,12 @@ def _images(name: str, arguments: list[str]) -> int:
     return _run(name, arguments, run_images.CONFIGS[name], config.IMAGE_PRESETS[name], method, run_images.SCORES)
 
 
+def _diffrc(arguments: list[str]) -> int:
+    from . import config, run_diffrc
+
+    return _run("diffrc", arguments, config.DiffRCConfig, config.DIFFRC_PRESETS, run_diffrc.diffrc, run_diffrc.SCORES)
+
+
 def _sample(arguments: list[str]) -> int:
     from . import run_images
 
@@ -111,7 +118,7 @@ def _run(name: str, arguments: list[str], kind: type, presets: dict, method: Cal
 def _show(report: dict | None, folder, columns: tuple[str, ...] | None) -> None:
     from .runfolder import SCORES, table
 
-    if report is None:  # of all ranks but the first
+    if report is None:  # of all ranks but the first, and of a run whose last stage is not asked for
         return
     print(table(report, columns or SCORES))
     if "reference" in report:

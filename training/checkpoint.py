@@ -56,8 +56,13 @@ def save(folder: Path, stage: str, step: int, modules: Modules, optimiser: torch
         save_file(tensors, temporary)
     with replacing(weights.with_suffix(".pt")) as temporary:
         torch.save({"step": step, "optimiser": optimiser.state_dict(), "cache": cache}, temporary)
+    discard(folder, stage, but=step)
+
+
+def discard(folder: Path, stage: str, but: int | None = None) -> None:
+    """Remove the checkpoints of `stage`, but for the one after `but` steps."""
     for old in _steps(folder, stage):
-        if old != step:
+        if old != but:
             path = folder / "weights" / f"{stage}-{old:06d}.pt"
             path.unlink()  # first: a weights file without its .pt is not a checkpoint
             path.with_suffix(".safetensors").unlink(missing_ok=True)

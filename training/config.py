@@ -465,6 +465,93 @@ class DiffROPConfig(CBDMConfig):
                     raise ValueError(f"config: {name} is about {place}; got {name}={getattr(self, name)} without it")
 
 
+@dataclass(frozen=True)
+class DiffRCConfig(RunConfig):
+    """DiffRC: long-tailed recognition with images that a diffusion model makes of the medium and tail classes (003), in five stages.
+
+    The defaults train well on digits within minutes; --preset diffrc-paper is the paper to the letter, table1-* and table2-* are what we
+    would run for its tables. C1 to C10 are the points where the paper is silent or wrong, see training/README.md.
+    """
+
+    dataset: str = ours("digits-train-lt", paper="cifar10-lt", tables=("cifar100-lt", "imagenet-lt"))
+    """one with a test set: digits-train-lt, cifar10-lt, cifar100-lt, tiny-imagenet-lt, also without -lt, imagenet-lt, folder:PATH/train"""
+    imbalance_ratio: float = ours(20.0, paper=100.0, tables=(50.0, 10.0), ge=1)
+    """head : tail of the -lt data sets; --imb-factor .05 is --imbalance-ratio 20"""
+    split_rule: Literal["tercile", "count"] = ours("tercile")  # which classes are many, med and few
+    head_classes: int | None = ours(None, ge=1)  # H, the most frequent classes, which the source model learns; default: the many classes
+    stages: str | None = runtime(None, once=True)
+    """what to do now: 4, 4,5 or 1-3; what is there of them with other settings is made again. Default: all that is missing"""
+    source: str | None = runtime(None, once=True)
+    """run folder whose source model this run takes, and whatever else was made there with the same settings"""
+
+    # Diffusion, of both models.
+    timesteps: int = paper(1000, ge=1)  # T
+    beta_start: float = paper(1e-4, gt=0, lt=1)
+    beta_end: float = paper(0.02, gt=0, lt=1)
+    network: Literal["auto", "unet", "mlp"] = ours("auto", paper="unet")  # auto: mlp for images up to 8x8, unet above
+    width: int | None = ours(None, ge=2)  # default: 128 for unet, 256 for mlp
+    dropout: float = ours(0.0, ge=0, lt=1)
+    flip: Literal["auto", "yes", "no"] = ours("auto")  # every second image mirrored; auto: but not digits, which have a side
+    batch_size: int = ours(64, ge=1)
+    lr: float = ours(1e-3, gt=0)  # constant after the warm-up
+    warmup: int = ours(100, ge=0)  # steps in which the learning rate rises
+    ema_decay: float = ours(0.995, ge=0, lt=1)  # of the averaged weights, which the target model starts from and which are sampled
+    clip: float = ours(1.0, gt=0)  # of the gradient's norm
+
+    # Stage 1, the source model, and stage 2, the target model.
+    source_steps: int = ours(2000, ge=1)
+    target_steps: int = ours(1000, ge=1)
+    group_size: int = ours(8, ge=1)  # images of one class in a batch of stage 2, as many as the class has (C3)
+    group_classes: Literal["balanced", "sqrt", "none"] = ours("balanced")
+    """how often a class has a group: as often as any other, by the square root of its size, by its size (C3)"""
+    lam: float = paper(0.5, tables=(0.1, 0.3, 0.7, 0.9), ge=0)  # lambda of L_base + lambda L_pair; 0: without L_pair
+    pair_gamma: float = paper(0.1, ge=0, lt=1)  # gamma of 1 / (1 + gamma^N_k), which is 1 for every class but the smallest (C1)
+    pair_weight: Literal["paper", "effective", "none"] = paper("paper")  # that factor, 1 - gamma^N_k, or 1 (C1)
+    pair_kl: Literal["tar_sou", "sou_tar"] = paper("tar_sou")  # KL(target, source), or the other way round (C2)
+    pair_t: Literal["group", "sample"] = ours("group")  # one time for the images that are compared, or one each (C3)
+    pair_reduce: Literal["mean", "sum"] = ours("mean", paper="sum")
+    """of L_pair over the rows; L_base is a mean over the pixels, a sum in Eq. 3, so the sum of Eq. 9 is divided by their number (C3)"""
+
+    # Stage 3, the encoder and its prototypes.
+    encoder_steps: int = ours(1000, ge=1)
+    encoder_lr: float = ours(1e-3, gt=0)  # falls to zero along a cosine
+    encoder_dim: int = ours(64, ge=1)  # of f(x_t, t)
+    proto_momentum: float = ours(0.99, paper=0.999, ge=0, lt=1)  # m: with .999 a tail class's prototype is as old as the training is short
+    tau: float = paper(0.07, gt=0)  # temperature of L_PC
+    pc_prior: Literal["train", "uniform"] = paper("train")  # pi of L_PC (C8)
+
+    # Stage 4, images of the medium and tail classes.
+    sample_steps: int = ours(100, paper=250, ge=1)
+    s: float = ours(0.6, paper=0.2, tables=(0.4, 0.6, 0.8, 1.0), ge=0)  # strength of the guidance; 0: without L_PC
+    guidance_sign: Literal["descend", "paper"] = ours("descend", paper="paper")  # of the gradient of L_PC; the printed + leads away (C5)
+    grad_norm: Literal["rms", "l2", "none"] = ours("rms", paper="l2")  # length of the gradient: sqrt(D), 1, as it is (C7)
+    clip_x0: bool = ours(True)  # predicted images stay in [-1, 1]
+    fill: Literal["max", "ratio", "fixed"] = ours("max")  # images for class k: N_1 - N_k, --fill-ratio x N_k, --fill-count
+    fill_ratio: float = ours(1.0, ge=0)
+    fill_count: int = ours(100, ge=0)
+    label_by: Literal["auto", "guidance", "classifier"] = ours("auto")
+    """label of an image: the class it was led to, or what a balanced softmax on the real images says; auto: the latter if s is 0 (C9)"""
+    filter_conf: float = ours(0.0, ge=0, lt=1)  # keep images whose label has this probability for that classifier; 0: keep all (C9)
+    fill_tries: float = ours(4.0, ge=1)  # images drawn at most, over those that are to be kept
+    sample_batch: int = ours(500, ge=1)  # images sampled at a time, from one stream of noise
+
+    # Stage 5, the classifier.
+    recipe: Literal["auto", "digits", "cifar", "imagenet-lt", "imagenet-lt-200"] = ours("auto")  # auto: by the images' size
+    classifier_steps: int | None = ours(None, ge=1)  # default: the recipe's
+    classifier_loss: Literal["softmax", "balanced"] = paper("softmax")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sample_steps > self.timesteps:
+            raise ValueError(f"config: sample_steps must be <= timesteps={self.timesteps}; got {self.sample_steps}")
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"config: beta_start must be <= beta_end={self.beta_end}; got {self.beta_start}")
+        if self.lam > 0 and self.group_size < 3:
+            raise ValueError(f"config: group_size must be >= 3, or lam 0: L_pair compares an image with two others; got {self.group_size}")
+        if self.s == 0 and self.label_by == "guidance":
+            raise ValueError("config: label_by guidance needs s > 0: nothing leads an image to a class; got s=0")
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
@@ -593,6 +680,23 @@ CLUDI_PRESETS = {
     "cludi-paper": as_in("paper", CLUDIConfig),
     "cludi-code": as_in("code", CLUDIConfig),
 }
+
+DIFFRC_GPU = {  # what we would spend on the tables of 003, which names no budget
+    "batch_size": 128, "lr": 2e-4, "warmup": 5000, "ema_decay": 0.9999, "dropout": 0.1, "source_steps": 200_000, "target_steps": 50_000,
+    "encoder_steps": 50_000, "encoder_lr": 3e-4, "encoder_dim": 128, "proto_momentum": 0.999, "sample_steps": 250, "checkpoint_every": 5000,
+}  # fmt: skip
+DIFFRC_PRESETS = {
+    "default": DiffRCConfig(),
+    "short": DiffRCConfig(
+        source_steps=300, target_steps=150, encoder_steps=200, warmup=30, ema_decay=0.97, sample_steps=20, classifier_steps=60
+    ),
+    "diffrc-paper": as_in("paper", DiffRCConfig),
+    **{
+        f"table1-{name}-{ratio}": DiffRCConfig(dataset=f"{name}-lt", imbalance_ratio=float(ratio), **DIFFRC_GPU)
+        for name in ("cifar10", "cifar100") for ratio in (100, 50, 10)
+    },
+    "table2-imagenet": DiffRCConfig(dataset="imagenet-lt", image_size=64, split_rule="count", **DIFFRC_GPU),
+}  # fmt: skip
 
 DATASETS_001 = {  # of Tables 2, 3, 7 of 001, with the number of generated images
     "table2-cifar10": {"dataset": "cifar10-lt"},

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, config, data, metrics, plots, run
-from .config import CLUDIConfig, DGDConfig, DiffROPConfig, T2HConfig
+from .config import CLUDIConfig, DGDConfig, DiffRCConfig, DiffROPConfig, T2HConfig
 from .loop import generator, train
 from .methods.dgd import LatentDiffusion, fit_guidance, generate
 from .runfolder import SCORES
@@ -27,7 +27,7 @@ SYNTHETIC_ROWS = 1000
 
 
 def main(arguments: Sequence[str]) -> int:
-    from . import figures_cludi, figures_diffrop, figures_gda, figures_t2h
+    from . import figures_cludi, figures_diffrc, figures_diffrop, figures_gda, figures_t2h
     from .__main__ import parse, stoppable
 
     methods = {  # settings, presets, what makes the figures, number of seeds, what adds options of its own
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         "t2h": (T2HConfig, config.IMAGE_PRESETS["t2h"], figures_t2h.figures, 3, figures_t2h.add_options),
         "diffrop": (DiffROPConfig, config.IMAGE_PRESETS["diffrop"], figures_diffrop.figures, 3, figures_diffrop.add_options),
         "gda": (DiffROPConfig, figures_gda.PRESETS, figures_gda.figures, 3, figures_gda.add_options),
+        "diffrc": (DiffRCConfig, config.DIFFRC_PRESETS, figures_diffrc.figures, 3, figures_diffrc.add_options),
     }
     parser = argparse.ArgumentParser(prog="python -m training figures", description="Tables and pictures of a method over several seeds.")
     commands = parser.add_subparsers(dest="method", required=True)

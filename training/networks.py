@@ -300,6 +300,13 @@ class UNet(nn.Module):
             raise ValueError(
                 f"UNet: with {self.levels} levels height and width must be multiples of {part}, at least {2 * part}; got {tuple(x.shape)}"
             )
+        h, skips, c = self.encode(x, t, y, augment)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], 1), c) if isinstance(layer, ResBlock) else layer(h)
+        return self.outside(h)
+
+    def encode(self, x: Tensor, t: Tensor, y: Tensor | None, augment: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The way down and the middle: (features, what the way up will need of them, the condition)."""
         c = self.condition(t, y, augment)
         h = self.inside(x)
         skips = [h]
@@ -308,9 +315,7 @@ class UNet(nn.Module):
             skips.append(h)
         for layer in self.middle:
             h = layer(h, c)
-        for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], 1), c) if isinstance(layer, ResBlock) else layer(h)
-        return self.outside(h)
+        return h, skips, c
 
 
 class ImageMLP(nn.Module):
@@ -334,12 +339,16 @@ class ImageMLP(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         if x.shape[1:] != self.shape:
             raise ValueError(f"ImageMLP: expected x of shape (B, {', '.join(map(str, self.shape))}); got {tuple(x.shape)}")
+        return self.outside(self.encode(x, t, y, augment)).reshape(x.shape)
+
+    def encode(self, x: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        """(B, width): what the last layer sees."""
         c = self.condition(t, y, augment)
         h = self.inside(x.flatten(1))
         for film, norm, block in zip(self.films, self.norms, self.blocks, strict=True):
             scale, shift = film(c).chunk(2, 1)
             h = h + block(norm(h) * (1 + scale) + shift)
-        return self.outside(h).reshape(x.shape)
+        return h
 
 
 def build_denoiser(
@@ -361,3 +370,23 @@ def build_denoiser(
     return UNet(
         channels, num_classes, width=width, mult=mult[:levels], attention=attention, blocks=blocks, dropout=dropout, augment_dim=augment_dim
     )
+
+
+class NoisyEncoder(nn.Module):
+    """f(x_t, t), (B, dim) of unit length: the encoding half of a denoiser, averaged over a U-Net's pixels, and a linear layer."""
+
+    def __init__(self, denoiser: UNet | ImageMLP, dim: int):
+        super().__init__()
+        self.body = denoiser
+        if isinstance(denoiser, UNet):
+            width = denoiser.middle[-1].second[-1].out_channels
+            del denoiser.up  # the other half
+            self.pool = nn.Sequential(_norm(width), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        else:
+            width, self.pool = denoiser.inside.out_features, nn.LayerNorm(denoiser.inside.out_features)
+        del denoiser.outside
+        self.out = nn.Linear(width, dim)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.body.encode(x, t, None, None)
+        return F.normalize(self.out(self.pool(h[0] if isinstance(h, tuple) else h)), dim=1)

@@ -165,6 +165,24 @@ def transfer(path: str | Path, counted: Mapping[str, Any], *, title: str = "Rows
     return _save(figure, path, f"{sum(counted['rows']):.0f} rows in {len(middle)} bins of t, over all steps of training")
 
 
+def shift_against_noise(path: str | Path, steps: Mapping[str, Sequence[float]], *, title: str = "Guidance in every reverse step") -> Path:
+    """Mean norms `shift` and `noise` of the steps that start at times `t`, and their ratio, but for the last step, which has none."""
+    noisy = np.array(steps["noise"]) > 0
+    t, shift, noise = (np.array(steps[name])[noisy] for name in ("t", "shift", "noise"))
+    figure, (norms, ratio) = _figure(2, 9.5, 3.8)
+    norms.plot(t, noise, color=GREY, linewidth=2, label="noise")
+    norms.plot(t, shift, color=BLUE, linewidth=2, linestyle="--", label="shift of the mean")
+    norms.set(title="norm", xlabel="t", yscale="log")
+    ratio.plot(t, shift / noise, color=BLUE, linewidth=2)
+    ratio.set(title="shift / noise", xlabel="t")
+    ratio.set_ylim(bottom=0)
+    for axes in (norms, ratio):
+        axes.invert_xaxis()  # as the sampling goes
+        axes.grid(color="0.9")
+    figure.suptitle(title)
+    return _save(figure, path, f"mean over the images of each of {len(t)} steps, from noise to image")
+
+
 def comparison(
     path: str | Path,
     table: Mapping[str, Mapping[str, Sequence[float | None]]],

@@ -55,17 +55,20 @@ def check_device(command: str, device: str) -> None:
         raise ValueError(f"{command}: device cuda needs a GPU and a torch built for it; found none, use --device cpu")
 
 
-def open_folder(method: str, settings: RunConfig, preset: RunConfig, dataset: data.Dataset) -> Path:
-    """Create the run folder, or enter it to resume. A folder with a run in it is never touched without being told how."""
+def open_folder(method: str, settings: RunConfig, preset: RunConfig, dataset: data.Dataset, *, may_change: bool = False) -> Path:
+    """Create the run folder, or enter it to resume. A folder with a run in it is never touched without being told how.
+
+    may_change: a resumed run may have other settings than before, which are then written down: its artefacts know what they were made of.
+    """
     folder = config.run_folder(settings, method)
-    stored = folder / "config.json"
+    stored, changed = folder / "config.json", []
     if settings.resume and settings.overwrite:
         raise ValueError(f"{method}: give --resume or --overwrite, not both")
     if settings.resume:
         if not stored.is_file():
             raise FileNotFoundError(f"{method}: --resume needs a run in {folder}; there is no {stored}")
         changed = config.differences(config.read(stored, type(settings)), settings)
-        if changed:
+        if changed and not may_change:
             raise ValueError(f"{method}: --resume goes on with the run's own settings; {folder} has {'; '.join(changed)}")
     elif folder.exists() and any(folder.iterdir()):
         if not settings.overwrite:
@@ -76,7 +79,7 @@ def open_folder(method: str, settings: RunConfig, preset: RunConfig, dataset: da
         config.read(stored, type(settings))  # another program's config.json is refused
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not settings.resume:
+    if not settings.resume or changed:
         versions = {"torch": torch.__version__, "numpy": np.__version__, "ltkernels": getattr(ltkernels, "__version__", "?")}
         shape = {"shape": list(dataset.data.shape[1:]), "counts": list(dataset.counts)}
         stated = {"method": method, "settings": config.resolved(settings, preset), "data": shape, "versions": versions}

@@ -10,7 +10,7 @@ import torch
 
 from training import config
 from training.__main__ import COMMANDS, main
-from training.config import DGD_PRESETS, IMAGE_CONFIGS, CLUDIConfig, DGDConfig, RunConfig
+from training.config import DGD_PRESETS, IMAGE_CONFIGS, CLUDIConfig, DGDConfig, DiffRCConfig, RunConfig
 
 TINY = "--no-progress --preset short --encoder-epochs 0 --diffusion-epochs 1 --joint-epochs 0 --sample-steps 2 --k 8".split()
 
@@ -35,7 +35,7 @@ def features(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("kind", [RunConfig, DGDConfig, CLUDIConfig, *IMAGE_CONFIGS.values()])
+@pytest.mark.parametrize("kind", [RunConfig, DGDConfig, CLUDIConfig, DiffRCConfig, *IMAGE_CONFIGS.values()])
 def test_every_field_says_where_its_value_is_from(kind):
     for item in dataclasses.fields(kind):
         assert item.metadata["provenance"] in config.PROVENANCE, item.name

@@ -4,7 +4,8 @@ from .cbdm import CBDM
 from .cludi import CLUDI
 from .ddpm import DDPM
 from .dgd import DensityGuidance
+from .diffrc import DiffRC
 from .diffrop import DiffROP
 from .t2h import T2H
 
-__all__ = ["CBDM", "CLUDI", "DDPM", "DensityGuidance", "DiffROP", "T2H"]
+__all__ = ["CBDM", "CLUDI", "DDPM", "DensityGuidance", "DiffRC", "DiffROP", "T2H"]
