@@ -148,8 +148,8 @@ def evaluate_images(
 
     dataset: the long-tailed training set, whose counts make head, med and tail (`rule`) and whose images may have been copied. reference:
     the balanced images. split_ref: what the figures of groups and classes are compared with, these or the training images ("lt").
-    round: float images become 8-bit ones first, as the reference's are. prd: f8 and f1_8, which take most of the time. statistics: for `fid`,
-    in place of the reference's. What is not computed is None, and `remarks` says why.
+    round: float images become 8-bit ones first, as the reference's are. prd: f8 and f1_8, which take most of the time. statistics: for
+    `fid`, in place of the reference's. What is not computed is None, and `remarks` says why.
     """
     _check(samples, labels, dataset, reference, split_ref)
     samples = to_uint8(samples) if samples.is_floating_point() and round else samples
