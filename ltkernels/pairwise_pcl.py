@@ -72,10 +72,10 @@ def pcl_loss(
         rows makes it NaN; rows in no pair may hold anything.
 
     Differentiable once in mu, other, sample_weight and margin. Memory: the gradients in mu and other are made together with the loss, in
-    the answer's dtype, and kept for the backward pass; of B x B no more than 2^20 pairs (4 MB, on cuda) exist at a time, and triton copies mu
-    once. (A second backward through a retained graph makes the gradients once more.) Deterministic: the same bits in every run on a backend and machine, for any number of threads. (Where a 0-dim sample_weight or
-    margin needs a gradient, torch sums it over the rows.) Under torch.compile, values are not checked. Under autocast, mu and other may
-    differ in dtype.
+    the answer's dtype, and kept for the backward pass (a second backward through a retained graph makes them once more); of B x B no more
+    than 2^20 pairs (4 MB, on cuda) exist at a time, and triton copies mu once. Deterministic: the same bits in every run on a backend and
+    machine, for any number of threads. (Where a 0-dim sample_weight or margin needs a gradient, torch sums it over the rows.) Under
+    torch.compile, values are not checked. Under autocast, mu and other may differ in dtype.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device, form, distance or reduction; margin missing or out of place; other_labels
