@@ -13,7 +13,7 @@ from .reference import PCL_FORMS
 from .score_select import _like_where_needed, _no_second, _refuse_tangent
 
 _DISTANCES, _REDUCTIONS = ("mean", "sum"), ("mean", "sum")
-_UNDERFLOW = 103.97  # exp(-d) is 0 in float32 beyond, and so is its derivative
+_UNDERFLOW = 87.33  # exp(-d) leaves float32's normal range: 0 on cpu and, from 103.97 on, everywhere; so is its derivative
 
 
 def pairwise_sqdist(x, y=None) -> Tensor:
@@ -60,8 +60,8 @@ def pcl_loss(
         form: "exponential", "reciprocal", "hinge" or "negative_l2" (unbounded below).
         sample_weight: a number or (B,), tau(t_i) of Eq. 14.
         margin: a number or (B,); required for "hinge", an error elsewhere.
-        distance: "mean" or "sum" over the elements. With "sum", exp(-d) is exactly 0 in float32 where d > 103.97, its gradient too, as it
-            is for images: a RuntimeWarning, once in a process.
+        distance: "mean" or "sum" over the elements. With "sum", exp(-d) leaves float32's range where d > 87.33, to 0 at once (cpu) or
+            by d = 103.97, its gradient too, as it does for images: a RuntimeWarning, once in a process.
         group: (B,) int64; only pairs of equal groups count (those noised to one t).
         other, other_labels, other_group: (B', ...), (B',), (B',): pairs are (mu_i, other_j) instead, such as the rows of all ranks, or
             mu.detach() where gradients should reach one side only. A row of mu is no pair with itself, since its label is its own.
@@ -73,9 +73,10 @@ def pcl_loss(
 
     Differentiable once in mu, other, sample_weight and margin. Memory: the gradients in mu and other are made together with the loss, in
     the answer's dtype, and kept for the backward pass (a second backward through a retained graph makes them once more); of B x B no more
-    than 2^20 pairs (4 MB, on cuda) exist at a time, and triton copies mu once. Deterministic: the same bits in every run on a backend and
-    machine, for any number of threads. (Where a 0-dim sample_weight or margin needs a gradient, torch sums it over the rows.) Under
-    torch.compile, values are not checked. Under autocast, mu and other may differ in dtype.
+    than 2^20 pairs (4 MB, on cuda) exist at a time on cpu and cuda; triton copies mu once, in float32, and holds 128 columns of B x B.
+    Deterministic: the same bits in every run on a backend and machine, for any number of threads. (Where a 0-dim sample_weight or margin
+    needs a gradient, torch sums it over the rows.) Under torch.compile, values are not checked. Under autocast, mu and other may differ in
+    dtype.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device, form, distance or reduction; margin missing or out of place; other_labels
@@ -134,8 +135,8 @@ def _warn_underflow(elements: int) -> None:
     if not torch.compiler.is_compiling() and not _warned:
         _warned = True
         warnings.warn(
-            f"pcl_loss: with distance='sum' over {elements} elements, exp(-d) and its gradient are 0 in float32 wherever d > {_UNDERFLOW}; "
-            "distance='mean' keeps them",
+            f"pcl_loss: with distance='sum' over {elements} elements, exp(-d) and its gradient are 0 in float32, on cpu where d > {_UNDERFLOW}, "
+            "elsewhere where d > 103.97; distance='mean' keeps them",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -233,7 +233,11 @@ def test_sums_over_images_underflow(backend, device, monkeypatch):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         pcl_loss(mu, labels), pcl_loss(mu, labels, form="reciprocal", distance="sum"), pcl_loss(mu[..., 0, 0], labels, distance="sum")
+        pcl_loss(torch.zeros(8, 87, device=device), labels, distance="sum")
         assert not seen
+        loss = pcl_loss(torch.zeros(8, 88, device=device), labels, distance="sum")
+        assert len(seen) == 1
+        monkeypatch.setattr(pairwise_pcl, "_warned", False), seen.clear()
         loss = pcl_loss(mu, labels, distance="sum")
         assert [(w.category, w.filename) for w in seen] == [(RuntimeWarning, __file__)]
         assert "pcl_loss: with distance='sum' over 3072 elements, exp(-d) and its gradient are 0" in str(seen[0].message)
@@ -244,6 +248,14 @@ def test_sums_over_images_underflow(backend, device, monkeypatch):
     loss = pcl_loss(mu, labels)
     (gradient,) = torch.autograd.grad(loss, mu)
     assert loss.item() > 0.01 and (gradient.flatten(1).norm(dim=1) > 1e-5).all()
+
+
+@pytest.mark.parametrize("sqdist", [1, 20, 60, 80, 86.5, 87.25, 110])
+def test_the_exponential_as_far_as_float32_goes(backend, device, sqdist):
+    mu = torch.tensor([[0.0], [sqdist**0.5]], device=device)
+    d = mu[1].double().square().item()
+    found = pcl_loss(mu, torch.arange(2, device=device), distance="sum").item()
+    assert found == pytest.approx(math.exp(-d), rel=1e-6 * max(1, d)) if d < 87.33 else found == 0
 
 
 def test_pairs_of_one_class_count_for_nothing(backend, device):
@@ -700,15 +712,23 @@ for inputs, rest in (((mu,), {}), ((mu, other), {"other": other, "other_labels":
     print((mb("VmHWM") - before) / (len(inputs) * 40))
     for value in inputs:
         value.grad = None
+many, classes = torch.randn(6000, 4, requires_grad=True), torch.arange(6000) % 10
+Path("/proc/self/clear_refs").write_text("5")
+before = mb("VmRSS")
+run(many, classes)
+print(mb("VmHWM") - before)
 """
 
 
 @pytest.mark.skipif(not CPP, reason="the promise is the cpu backend's; there is no compiled part")
 def test_memory_is_the_gradients():
-    """A loss and its backward pass, mu alone and with other, of 40 MB each: the gradients, and less than half of that besides."""
+    """A loss and its backward pass, mu alone and with other, of 40 MB each: the gradients, and less than half of that besides. And of 6000
+    short rows, whose pairs would be 36 MB even as bytes: not those."""
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    for peak in map(float, run.stdout.split()):
+    *peaks, pairs = map(float, run.stdout.split())
+    for peak in peaks:
         assert 0.9 < peak < 1.5, f"{peak:.2f} times the inputs beyond them"
+    assert pairs < 8, f"{pairs:.1f} MB for 6000 rows"
 
 
 ISA_NEEDS = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}

@@ -43,7 +43,7 @@ LT_INLINE float exp_negative(float x) {
   y = 0.5f + r * y;
   y = 1 + (r + r * r * y);
   const float scaled = y * bits_to_float((static_cast<int32_t>(whole) + 127) << 23);
-  return x > -87.0f ? scaled : 0.0f;
+  return x > -87.33f ? scaled : 0.0f;  // ln of the least normal float is -87.3366
 }
 
 LT_INLINE double exp_negative(double x) { return std::exp(x); }

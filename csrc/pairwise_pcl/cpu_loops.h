@@ -257,7 +257,7 @@ struct PairOps {
     }                                                                                                                              \
     TARGET static bool bounded(const T* row, int64_t n, W limit) { return isa::bounded<T>(row, n, limit); }                        \
     TARGET static void pack(const T* const* rows, int64_t count, int64_t first, int64_t n, int64_t stride, W* out) {               \
-      isa::pack<T, BYTES>(rows, count, first, n, stride, out);                                                                            \
+      isa::pack<T, BYTES>(rows, count, first, n, stride, out);                                                                     \
     }                                                                                                                              \
     TARGET static bool terms(int64_t form, double scale, const double* d, const Side& rows, const Side& cols, bool among, Sums* o, \
                              Sums* t, W* pull) {                                                                                   \
@@ -267,7 +267,7 @@ struct PairOps {
       isa::add_pull<W, BYTES, PULL_ROWS, PULL_VECTORS>(pull, own, theirs, depth, c);                                               \
     }                                                                                                                              \
     static PairOps<T> table() {                                                                                                    \
-      return {kWidth, kLanes, PULL_ROWS, PULL_VECTORS * kWidth, squares, add_lanes, bounded, pack, terms, add_pull};              \
+      return {kWidth, kLanes, PULL_ROWS, PULL_VECTORS * kWidth, squares, add_lanes, bounded, pack, terms, add_pull};               \
     }                                                                                                                              \
   };
 

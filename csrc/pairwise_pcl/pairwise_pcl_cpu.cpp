@@ -311,7 +311,8 @@ class Contrast {
         for (int64_t j = 0; j < cols.size(); j += kSub) {
           if (!any[j / kSub]) continue;
           const W* pull = panel(pulls.panel.data(), i - begin) + j * height;
-          ops_.add_pull(pull, own_strip + (i - rows.begin) * width, their_strip + j * width, std::min(kSub, cols.size() - j), w.sums.data());
+          const W *mine = own_strip + (i - rows.begin) * width, *theirs = their_strip + j * width;
+          ops_.add_pull(pull, mine, theirs, std::min(kSub, cols.size() - j), w.sums.data());
         }
         for (int64_t r = 0; r < std::min(height, rows.end - i); ++r) {
           W* out = grad + own.index[i + r] * p_.d + columns.begin + strip;
@@ -330,6 +331,8 @@ class Contrast {
 
   void odd_pairs() {
     const std::vector<bool>& odd = p_.among ? own_.odd : partners_.odd;
+    const auto any = [](const std::vector<bool>& side) { return std::find(side.begin(), side.end(), true) != side.end(); };
+    if (!any(odd) && !any(own_.odd)) return;  // else every pair would be looked at for nothing
     const int64_t* labels = p_.among ? p_.labels : p_.other_labels;
     const int64_t* group = p_.among ? p_.group : p_.other_group;
     for (int64_t j = 0; j < p_.n; ++j) {

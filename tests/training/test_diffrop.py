@@ -193,6 +193,14 @@ def test_times_of_flow_matching():
     torch.testing.assert_close(dataclasses.replace(method, steps=1.0).loss(mu, y, t / 1000), method.loss(mu, y, t))
 
 
+def test_arguments_that_belong_together():
+    mu, y, t = rows()
+    with pytest.raises(ValueError, match="DiffROP.loss: other, other_y and other_t belong together; got other only"):
+        DiffROP().loss(mu, y, t, other=mu)
+    with pytest.raises(TypeError, match="DiffROP.loss: distance kl and a margin by time look up t, so it has to be int64; got torch.float"):
+        DiffROP(distance="kl", variance=D.betas).loss(mu, y, t.float())
+
+
 @pytest.mark.parametrize("options, expected", [
     ({"form": "linear"}, "DiffROP: form must be one of exponential, reciprocal, hinge, negative_l2; got 'linear'"),
     ({"space": "v"}, "DiffROP: space must be one of mu, x0, eps; got 'v'"),
@@ -303,6 +311,28 @@ def test_what_else_is_drawn_is_that_of_ddpm():
         assert torch.equal(batch.t, plain.t[leader])
         assert torch.equal(batch.whole_eps, plain.whole_eps[leader] if "pcl_noise" in options else plain.whole_eps)
         assert torch.equal(batch.x_t, D.add_noise(batch.x0, batch.whole_eps, batch.t))
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({}, lambda t: 2 * torch.exp(-t / 6)),  # kappa T = .3 * 20
+    ({"pcl_tau_temp": 0.5}, lambda t: 2 * torch.exp(-t / 10)),
+    ({"pcl_tau_schedule": "linear"}, lambda t: 2 - t / 10),
+    ({"pcl_tau_schedule": "const"}, lambda t: 2 + 0 * t),
+])  # fmt: skip
+def test_the_weight_of_a_stage_is_that_of_its_options(options, expected):
+    stage, t = stage_of(pcl_tau0=2.0, timesteps=20, sample_steps=20, **options), torch.arange(21)
+    torch.testing.assert_close(stage.pcl.tau(t), expected(t.double()))
+
+
+def test_a_stage_stops_the_partner_s_gradient_where_asked():
+    both, first = (stage_of(pcl_stopgrad=kind, pcl_tau_schedule="const") for kind in ("none", "partner"))
+    first.net.load_state_dict(both.net.state_dict())
+    gradients = []
+    for stage in (both, first):
+        _, figures = stage.loss(0, rng_of())
+        grads = torch.autograd.grad(figures["loss_pcl"], [p for p in stage.net.parameters() if p.requires_grad], materialize_grads=True)
+        gradients.append(torch.cat([g.flatten() for g in grads]))
+    torch.testing.assert_close(gradients[1], gradients[0] / 2, rtol=1e-3, atol=1e-7)
 
 
 def spied(stage):
@@ -429,7 +459,14 @@ def test_presets_hold_the_tables():
     assert {name: stated[name]["provenance"] for name in ("pcl_t", "lr", "steps", "pcl_tau0", "batch_size")} == {
         "pcl_t": "paper", "lr": "paper", "steps": "code", "pcl_tau0": "ours", "batch_size": "ours",
     }  # fmt: skip
+    assert literal.pcl_tau0 == 10 / (16 * 3072)  # L_DM and L_PCL are sums there
     ddpm = config.IMAGE_PRESETS["ddpm"]
+    shared = ("dataset", "samples", "lr", "warmup", "batch_size", "steps", "ema_decay", "dropout", "omega", "sampler", "sample_steps")
+    for base in ("ddpm", "cbdm"):  # a row and its base are trained and sampled alike
+        for name in ("table1-cifar10", "table1-cifar100", "table2-cifar10", "table2-cifar100"):
+            plain, separated = config.IMAGE_PRESETS[base][f"002-{name}"], presets[f"{name}-{base}"]
+            assert {key: getattr(plain, key) for key in shared} == {key: getattr(separated, key) for key in shared}
+    assert ddpm["002-table2-cifar10"].samples == 10_000
     assert ddpm["002-table1-cifar100-diffaug"].augment == "diffaug" and ddpm["002-table4-reweighting"].loss_weight == "inverse"
     assert [ddpm[f"002-table1-cifar100-{kind}"].batch_resample for kind in ("rs", "sqrt-rs")] == ["balanced", "sqrt"]
     assert config.resolved(ddpm["002-table4-reweighting"], ddpm["002-table4-reweighting"])["loss_weight"]["provenance"] == "paper"

@@ -72,12 +72,18 @@ class DiffROP:
     def loss(
         self, mu: Tensor, y: Tensor, t: Tensor, *, other: Tensor | None = None, other_y: Tensor | None = None, other_t: Tensor | None = None
     ) -> Tensor:
-        """Mean or sum over the ordered pairs of tau(t_i) phi(d_ij), () float32. A pair has two labels and one time.
+        """Mean or sum over the ordered pairs of tau(t_i) phi(d_ij), (), in pcl_loss's dtype. A pair has two labels and one time.
 
-        mu (B, ...), y (B,) int64, t (B,) int64 or float, on any scale that ends at `steps`. Rows with y = -1, whose label the network was
+        mu (B, ...), y (B,) int64, t (B,) on any scale that ends at `steps`: int64, or float where no table is looked up by time
+        (a margin that is one, distance "kl"). Rows with y = -1, whose label the network was
         not told, are in no pair: their mean is that of no class. other (B', ...), other_y, other_t: pairs are (mu_i, other_j) instead.
         No pair: 0, with a gradient of 0. Example: `DiffROP().loss(mu, y, t)`.
         """
+        if not (other is None) == (other_y is None) == (other_t is None):
+            given = [name for name, value in (("other", other), ("other_y", other_y), ("other_t", other_t)) if value is not None]
+            raise ValueError(f"DiffROP.loss: other, other_y and other_t belong together; got {' and '.join(given)} only")
+        if t.is_floating_point() and (self.distance == "kl" or isinstance(self.margin, Tensor)):
+            raise TypeError(f"DiffROP.loss: distance kl and a margin by time look up t, so it has to be int64; got {t.dtype}")
         if self.stopgrad == "partner":
             other, other_y, other_t = (mu, y, t) if other is None else (other, other_y, other_t)
             other = other.detach()
@@ -165,7 +171,7 @@ class Separate(Denoise):
         return {**super().further_terms(batch, output), "loss_pcl": total}
 
     def reforwarded(self, batch, mu):
-        """Algorithm 1 to the letter (R1): the partners of every row are noised to its own t, a forward of the whole batch a row."""
+        """Algorithm 1 (R1): the partners of every row are noised to its own t, a forward of the whole batch a row."""
         total, noise = mu.new_zeros(()), batch.whole_eps
         for i in range(len(mu)):
             t, eps = batch.t[i].expand_as(batch.whole_t), noise[batch.offset + i] if self.config.pcl_noise == "shared" else noise
