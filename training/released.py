@@ -119,12 +119,13 @@ def read(path: Path) -> dict:
         raise FileNotFoundError(f"import: no such file: {path}")
     try:
         parts = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has half a dozen types for a damaged file
+    except pickle.UnpicklingError as error:  # whose text recommends to run it all the same
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and wanted:
-            asked = f"a pickle that asks for {wanted[1]}: not run"
-            raise ValueError(f"import: {path}: expected tensors and plain values; got {asked}") from error
-        raise ValueError(f"import: cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        asked = f"a pickle that asks for {wanted[1]}" if wanted else "another pickle"
+        raise ValueError(f"import: {path}: expected tensors and plain values; got {asked}, which is not run") from error
+    except Exception as error:  # torch has half a dozen types for a damaged file
+        reason = str(error).partition(". ")[0] or type(error).__name__
+        raise ValueError(f"import: cannot read {path}: {reason}; is it cut off?") from error
     lacking = [name for name in PARTS if not isinstance(parts, dict) or name not in parts]
     if lacking:
         found = ", ".join(map(str, list(parts)[:6])) if isinstance(parts, dict) else type(parts).__name__
@@ -169,12 +170,12 @@ def renamed(tensors: Mapping[str, Tensor], net: nn.Module, where: str) -> dict[s
     ]
     known = {TABLE, *there.values()}
     for what, found in (
-        ("are missing", [name for name in there.values() if name not in tensors]),
-        ("are none of this U-Net", [name for name in tensors if name not in known]),
-        ("have another shape", shapes),
+        ("that are missing", [name for name in there.values() if name not in tensors]),
+        ("that are none of this U-Net's", [name for name in tensors if name not in known]),
+        ("of another shape", shapes),
     ):
         if found:
-            raise ValueError(f"{where}: {len(found)} tensors {what}: {', '.join(found[:3])}{', ..' if len(found) > 3 else ''}")
+            raise ValueError(f"{where}: tensors {what} ({len(found)}): {', '.join(found[:3])}{', ..' if len(found) > 3 else ''}")
     return {name: tensors[there[name]] for name in own}
 
 
