@@ -218,15 +218,15 @@ def _fetch(arguments: list[str]) -> int:
 
 
 def _cite(arguments: list[str]) -> int:
-    from . import citations
+    from . import papers
 
-    return citations.main(arguments)
+    return papers.cite(arguments)
 
 
 def _claims(arguments: list[str]) -> int:
-    from . import claims
+    from . import papers
 
-    return claims.main(arguments)
+    return papers.claims(arguments)
 
 
 if __name__ == "__main__":

@@ -353,7 +353,10 @@ def wrong_parts(parts):
     shape = copy.deepcopy(parts["optim"])
     shape["state"][5]["exp_avg"] = torch.zeros(3)
     return [
-        ({"net_model": lacking}, "net_model: tensors that are missing (10): upblocks.0.attn.group_norm.weight, upblocks.0.attn.group_norm.bias,"),
+        (
+            {"net_model": lacking},
+            "net_model: tensors that are missing (10): upblocks.0.attn.group_norm.weight, upblocks.0.attn.group_norm.bias,",
+        ),
         ({"ema_model": {**parts["ema_model"], "extra": torch.zeros(1)}}, "ema_model: tensors that are none of this U-Net's (1): extra\n"),
         (
             {"net_model": {**parts["net_model"], "tail.2.bias": torch.zeros(4)}},

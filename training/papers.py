@@ -1,11 +1,17 @@
-"""`cite`: BibTeX of what a run should cite. A field that the copy of the paper at hand does not state is left out, not guessed."""
+"""`cite`: BibTeX of what a run should cite. `claims`: what the papers say and what is so, from the table in claims.py."""
 
 from __future__ import annotations
 
 import argparse
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
 
-CITATIONS: dict[str, tuple[str, str, dict[str, str]]] = {  # method: kind of entry, key, fields
+from .claims import CLAIMS, VERDICTS, Claim
+
+NUMBERS = {"dgd": "000", "t2h": "001", "diffrop": "002", "diffrc": "003", "cludi": "004"}
+# method: kind of entry, key, fields; what the copy of a paper at hand does not state is left out, not guessed
+CITATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
     "dgd": ("misc", "dgd", {
         "title": "{DGD}: Density Gradient-guided Diffusion for Long-Tailed Clustering",
         "note": "Supplementary material",
@@ -53,7 +59,7 @@ CITATIONS: dict[str, tuple[str, str, dict[str, str]]] = {  # method: kind of ent
 }  # fmt: skip
 
 
-def main(arguments: Sequence[str]) -> int:
+def cite(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m training cite", description="BibTeX of what a run should cite.")
     parser.add_argument("method", nargs="+", help=", ".join(CITATIONS))
     methods = parser.parse_args(arguments).method
@@ -67,3 +73,26 @@ def bibtex(method: str) -> str:
     kind, key, fields = CITATIONS[method]
     lines = [f"  {name:<12} = {{{value}}}," for name, value in fields.items()]
     return "\n".join([f"@{kind}{{{key},", *lines, "}"])
+
+
+def claims(arguments: Sequence[str]) -> int:
+    text = "What the papers claim, and where they are wrong or silent."
+    parser = argparse.ArgumentParser(prog="python -m training claims", description=text)
+    parser.add_argument("method", nargs="*", help=f"{', '.join(NUMBERS)}; default: all")
+    parser.add_argument("--verdict", choices=VERDICTS, action="append", help="these only")
+    options = parser.parse_args(arguments)
+    if wrong := [name for name in options.method if name not in NUMBERS]:
+        raise ValueError(f"claims: expected one of {', '.join(NUMBERS)}; got {wrong[0]!r}")
+    for method in options.method or NUMBERS:
+        rows = [claim for claim in CLAIMS if claim.method == method and claim.verdict in (options.verdict or VERDICTS)]
+        counts = Counter(claim.verdict for claim in rows)
+        print(f"{NUMBERS[method]} {method}: {', '.join(f'{counts[name]} {name}' for name in VERDICTS if counts[name]) or 'nothing'}\n")
+        print("".join(f"{told(claim)}\n" for claim in rows))
+    return 0
+
+
+def told(claim: Claim) -> str:
+    """A few lines: the verdict, where, what is said and what is so, then the evidence, a line each."""
+    text = f"{claim.where}: {claim.says}{'. Here: ' if claim.says and claim.here else ''}{claim.here}"
+    lines = textwrap.wrap(text, 120, initial_indent=f"{claim.verdict:<9}", subsequent_indent=" " * 9, break_on_hyphens=False)
+    return "\n".join([*lines, *(f"{'':<9}- {where}" for where in claim.evidence)])
