@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from training.__main__ import main
 CLASSES, SIZE = 5, 4  # at 4 pixels a side the U-Net has the first two of its four levels
 FLAGS = """# as absl writes them
 --noalsologtostderr
+--batch_size=8
 --cb
 --cfg
 --ch=128
@@ -35,7 +37,7 @@ FLAGS = """# as absl writes them
 --num_class=5
 --num_images=10
 --tau=2
---total_steps=300001
+--total_steps=300002
 --verbosity=0
 --warmup=5000
 """
@@ -230,7 +232,7 @@ def test_flags_become_settings(file, run):
     settings, _ = modules_of(run)
     wanted = {
         "imbalance_ratio": 20.0, "image_size": 4, "cb_tau": 2.0, "cb_sampling": "train", "other_labels": "train", "conditional": True,
-        "network": "unet", "width": 128, "dropout": 0.1, "flip": "yes", "augment": "none", "steps": 300001, "batch_size": 128, "lr": 2e-4,
+        "network": "unet", "width": 128, "dropout": 0.1, "flip": "yes", "augment": "none", "steps": 300002, "batch_size": 8, "lr": 2e-4,
         "warmup": 5000, "ema_decay": 0.9999, "clip": 1.0, "cfg_drop": 0.1, "cfg_drop_mode": "batch", "samples": 10, "sampler": "ddpm",
         "sample_steps": 1000, "omega": 1.6, "variance": "fixedlarge", "clip_x0": False, "sample_labels": "uniform", "timesteps": 1000,
     }  # fmt: skip
@@ -238,7 +240,7 @@ def test_flags_become_settings(file, run):
     about = json.loads((run / "config.json").read_text())
     assert about["method"] == "cbdm" and about["imported"] == {"from": "cbdm", "file": "ckpt_300000.pt"}
     assert about["data"] == {"shape": [3, 4, 4], "counts": [20, 9, 4, 2, 1]}
-    assert about["settings"]["steps"] == {"value": 300001, "provenance": "user"} and about["settings"]["lr"]["provenance"] == "code"
+    assert about["settings"]["steps"] == {"value": 300002, "provenance": "user"} and about["settings"]["lr"]["provenance"] == "code"
 
 
 FLAGS_OF = {
@@ -285,6 +287,15 @@ def test_sample_evaluate_and_finetune(run, tmp_path, monkeypatch):
     assert main(["t2h", *options, *quiet, "--dataset", dataset, "--finetune", str(run), "--out", str(tuned)]) == 0
     mine, its = load_file(next((tuned / "weights").glob("*.safetensors"))), load_file(next((run / "weights").glob("*.safetensors")))
     torch.testing.assert_close(mine["net.inside.weight"], its["ema.net.inside.weight"])  # one step at a learning rate of 1e-11
+
+
+def test_the_training_goes_on(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setattr(run_images, "draw_samples", lambda *args: (torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([0, 1])))
+    assert main(["cbdm", "--resume", "--out", str(tmp_path / "run"), "--no-evaluate", "--no-progress"]) == 0
+    assert sorted(path.name for path in (tmp_path / "run" / "weights").iterdir()) == ["denoise-300002.pt", "denoise-300002.safetensors"]
+    before, after = (load_file(next((folder / "weights").glob("*.safetensors")))["net.inside.weight"] for folder in (run, tmp_path / "run"))
+    assert 0 < (after - before).abs().max() < 1e-3  # a step of Adam at 2e-4
 
 
 def test_weights_that_know_no_labels(tmp_path, file):
