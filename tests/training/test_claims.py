@@ -59,7 +59,7 @@ def test_every_numbered_point_of_the_readme_is_told(method, letter, count):
 def test_commands(capsys):
     assert main(["claims", "diffrc", "--verdict", "wrong"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("003 diffrc: 7 wrong") and "Eq. 13 (C5)" in out and "001" not in out
+    assert out.startswith("003 diffrc: 8 wrong") and "Eq. 13 (C5)" in out and "001" not in out
     assert "- tests/training/test_diffrc.py::test_one_step_moves_the_loss_as_the_sign_says" in out
     assert main(["claims"]) == 0
     out = capsys.readouterr().out
