@@ -20,7 +20,10 @@ COMMANDS = {
     "classifier": "train the small classifier whose features stand in for Inception's; evaluate does it where it is missing",
     "figures": "tables and pictures over several seeds: figures dgd, cludi, t2h, diffrop, gda or diffrc",
     "features": "write a feature file of an image folder with a pretrained model of timm",
-    "fetch": "download a data set for a machine without network",
+    "import": "a checkpoint of the released code of CBDM or T2H as a run folder",
+    "fetch": "download Inception's weights or a data set for a machine without network",
+    "cite": "BibTeX of a method's paper",
+    "claims": "what the papers claim and where they are wrong, with the test or the figures behind each",
 }
 
 
@@ -202,15 +205,28 @@ def _features(arguments: list[str]) -> int:
     return features.main(arguments)
 
 
-def _fetch(arguments: list[str]) -> int:
-    from . import data
+def _import(arguments: list[str]) -> int:
+    from . import released
 
-    parser = argparse.ArgumentParser(prog="python -m training fetch", description=COMMANDS["fetch"])
-    parser.add_argument("name", help=", ".join(data.CIFAR))
-    parser.add_argument("--root", default="data", help="folder for data sets")
-    options = parser.parse_args(arguments)
-    print(data.fetch(options.name, options.root))
-    return 0
+    return released.main(arguments)
+
+
+def _fetch(arguments: list[str]) -> int:
+    from . import fetch
+
+    return fetch.main(arguments)
+
+
+def _cite(arguments: list[str]) -> int:
+    from . import papers
+
+    return papers.cite(arguments)
+
+
+def _claims(arguments: list[str]) -> int:
+    from . import papers
+
+    return papers.claims(arguments)
 
 
 if __name__ == "__main__":

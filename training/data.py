@@ -252,7 +252,7 @@ def load(
     width: int | None = None,
     order: str | None = None,
 ) -> Dataset:
-    """The data set `name`. Nothing is ever downloaded here; see `fetch`.
+    """The data set `name`. Nothing is ever downloaded here; see fetch.py.
 
     imbalance_ratio, profile, seed: the long-tailed choice of rows, for names with `-lt` only. n_max is the size of the
     smallest class, so that every class can play every part (digits: 174, hence 707 images at ratio 10). order: which class is the head,
@@ -359,15 +359,6 @@ def _taken(name: str, features: bool, source: Source, rows: np.ndarray) -> Datas
     return Dataset(name, None if features else data, data if features else None, labels, torch.from_numpy(rows), num_classes, counts)
 
 
-def fetch(name: str, root: str | Path = "data") -> Path:
-    """Download a CIFAR set to `root`: the one function here that uses the network, for a machine that has one."""
-    base = name.removesuffix("-lt")
-    if base not in CIFAR:
-        raise ValueError(f"fetch: can download {', '.join(CIFAR)}; got {name!r} (digits need no download)")
-    _torchvision_set(base)(str(root), train=True, download=True)
-    return Path(root)
-
-
 def _digits(part: str = "all") -> Source:
     from sklearn.datasets import load_digits
 
@@ -387,7 +378,7 @@ def _every_third(labels: np.ndarray, num_classes: int) -> np.ndarray:
     return held
 
 
-def _torchvision_set(base: str) -> type:
+def torchvision_set(base: str) -> type:
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -397,11 +388,11 @@ def _torchvision_set(base: str) -> type:
 
 def _cifar(base: str, root: str | Path, train: bool = True) -> Source:
     try:
-        source = _torchvision_set(base)(str(root), train=train, download=False)
+        source = torchvision_set(base)(str(root), train=train, download=False)
     except RuntimeError as error:  # torchvision's word for missing or damaged files
         raise FileNotFoundError(
-            f"dataset {base}: no intact copy under {root}; "
-            f"download it once, where there is a network: ltkernels fetch {base} --root {root}"
+            f"dataset {base}: no intact copy under {root}: not on this machine; "
+            f"on a machine with network run: ltkernels fetch {base} --root {root}"
         ) from error
     return np.asarray(source.targets, dtype=np.int64), CIFAR[base][1], lambda rows: _to_unit(source.data[rows])
 

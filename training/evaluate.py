@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +27,12 @@ from . import checkpoint, config, data, metrics, plots
 from .classifier import load_classifier
 from .config import ImageConfig, short_name
 from .dumps import read_images, read_statistics
+from .fetch import INCEPTION, inception_folder
 from .loop import generator
 from .runfolder import aligned
 
 SCORES = ("fid", "fid_head", "fid_med", "fid_tail", "is", "f8", "f1_8", "precision", "recall", "memorisation")
-INCEPTION = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")  # torch-fidelity's, pytorch-fid's
+TO_FETCH = "not on this machine; on a machine with network run: ltkernels fetch inception"
 NEIGHBOURS, SPLITS = 5, 10  # of improved precision and recall, of the inception score
 
 
@@ -62,9 +64,11 @@ def feature_net(
     """Inception from the file `inception`, or, for colour images above 16 pixels, if torch-fidelity and its weights are on this machine;
     otherwise the classifier of the reference's images, which is trained if the cache has none."""
     channels, size, _ = reference.images.shape[1:]
-    if inception is None and channels == 3 and size > 16 and importlib.util.find_spec("torch_fidelity"):
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        inception = next((folder / name for name in INCEPTION if (folder / name).is_file()), None)
+    if inception is None and channels == 3 and size > 16:
+        if importlib.util.find_spec("torch_fidelity"):
+            inception = next((inception_folder() / name for name in INCEPTION if (inception_folder() / name).is_file()), None)
+        if inception is None:
+            print(f"features of a small classifier: Inception is {TO_FETCH} (and pip install torch-fidelity)", file=sys.stderr)
     if inception is not None:
         return _inception(Path(inception), device)
     net, name, _ = load_classifier(reference, Path(cache), device=device, progress=progress)
@@ -79,7 +83,7 @@ def net_of(reference: data.Dataset, settings: ImageConfig) -> FeatureNet:
 def _inception(weights: Path, device: str) -> FeatureNet:
     """The network of FID, ported from TensorFlow: 2048 pooled features; 1008 logits without bias, as in the first inception scores."""
     if not weights.is_file():
-        raise FileNotFoundError(f"evaluate: no such file of Inception's weights: {weights}")
+        raise FileNotFoundError(f"evaluate: no such file of Inception's weights: {weights}: {TO_FETCH}")
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
@@ -300,7 +304,7 @@ def check_reference(settings: ImageConfig) -> None:
 
 def check_inception(settings: ImageConfig) -> None:
     if settings.inception is not None and not Path(settings.inception).is_file():
-        raise FileNotFoundError(f"evaluate: no such file of Inception's weights: {settings.inception}")
+        raise FileNotFoundError(f"evaluate: no such file of Inception's weights: {settings.inception}: {TO_FETCH}")
 
 
 def score(folder: Path, settings: ImageConfig, dataset: data.Dataset, samples: Tensor, labels: Tensor, prd: bool = True) -> dict:

@@ -116,7 +116,7 @@ def test_unknown_options_and_choices_are_refused(tmp_path, capsys, options, expe
     "command, expected",
     [
         (["dgdd"], f"the command must be one of {', '.join(COMMANDS)}; got 'dgdd'"),
-        (["fetch", "digits"], "fetch: can download cifar10, cifar100; got 'digits'"),
+        (["fetch", "cifar"], "fetch: expected one of inception, cifar10, cifar100, digits; got 'cifar'"),
     ],
 )
 def test_unknown_commands_are_refused(capsys, command, expected):

@@ -174,23 +174,12 @@ def test_cifar_lt_from_a_stand_in(monkeypatch, name, num_classes, total):
             self.data = np.zeros((50000, 2, 2, 3), dtype=np.uint8)
             self.data[::num_classes, 0, 1, 2] = 255
 
-    monkeypatch.setattr(data, "_torchvision_set", lambda base: StandIn)
+    monkeypatch.setattr(data, "torchvision_set", lambda base: StandIn)
     cifar = data.load(name)
     assert len(cifar) == total and cifar.num_classes == num_classes
     head = cifar.images[: cifar.counts[0]]
     assert (head[:, 2, 0, 1] == 1).all() and (head[:, 0] == -1).all()
     assert len(data.load(name.removesuffix("-lt"))) == 50000
-
-
-def test_fetch(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        data, "_torchvision_set", lambda base: lambda root, **kwargs: calls.append((base, root, kwargs))
-    )
-    assert data.fetch("cifar100-lt", tmp_path) == tmp_path
-    assert calls == [("cifar100", str(tmp_path), {"train": True, "download": True})]
-    with pytest.raises(ValueError, match="can download cifar10, cifar100; got 'digits-lt'"):
-        data.fetch("digits-lt")
 
 
 def pictures(folder, names, value):
@@ -295,7 +284,7 @@ def test_test_split_of_cifar(monkeypatch):
             assert not download
             self.targets, self.data = [3, 1] if train else [2, 9, 0], np.full((2 if train else 3, 2, 2, 3), 255 * train, dtype=np.uint8)
 
-    monkeypatch.setattr(data, "_torchvision_set", lambda base: StandIn)
+    monkeypatch.setattr(data, "torchvision_set", lambda base: StandIn)
     test = data.test_set("cifar10-lt")
     assert test.labels.tolist() == [2, 9, 0] and (test.images == -1).all() and test.num_classes == 10
 
