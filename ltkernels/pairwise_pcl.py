@@ -135,8 +135,8 @@ def _warn_underflow(elements: int) -> None:
     if not torch.compiler.is_compiling() and not _warned:
         _warned = True
         warnings.warn(
-            f"pcl_loss: with distance='sum' over {elements} elements, exp(-d) and its gradient are 0 in float32 where d > {_UNDERFLOW} (cpu) "
-            "or d > 103.97; distance='mean' keeps them",
+            f"pcl_loss: with distance='sum' over {elements} elements, exp(-d) and its gradient are 0 in float32 where d > {_UNDERFLOW}, "
+            "at the latest where d > 103.97; distance='mean' keeps them",
             RuntimeWarning,
             stacklevel=3,
         )
