@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -182,7 +183,10 @@ class Pipeline:
     def found(self, folder: Path | None = None) -> dict[str, dict]:
         """artefacts.json: {stage: {"made_of": .., "done": ..}}."""
         path = (folder or self.folder) / "artefacts.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            return json.loads(path.read_text()) if path.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"diffrc: {path} is damaged ({error}); give --overwrite, or another --out") from error
 
     def note(self, stage: str, done: bool) -> None:
         checkpoint.write_json(self.folder / "artefacts.json", {**self.found(), stage: {"made_of": self.made_of[stage], "done": done}})
@@ -226,12 +230,35 @@ class Pipeline:
             self.make(parent)
         there = self.found().get(stage)
         if there == {"made_of": self.made_of[stage], "done": True}:
-            return
+            if (damage := self.damage(stage)) is None:
+                return
+            print(f"{stage}: {damage}; it is made again", flush=True)
+            self.discard(stage)
+            there = None
         if there is not None and there["made_of"] != self.made_of[stage]:
             self.discard(stage)
         self.note(stage, done=False)
         getattr(self, f"make_{stage}")()
         self.note(stage, done=True)
+
+    def damage(self, stage: str) -> str | None:
+        """What is wrong with the files of a finished stage: lengths and headers are looked at, not every number."""
+        if stage == "samples":
+            files = [self.folder / f"{name}.npy" for name in ("samples", "sample_labels")]
+            files += sorted((self.folder / "samples").glob("*.safetensors"))
+        else:
+            step = checkpoint.latest(self.folder, stage)
+            files = [self.folder / "weights" / (f"{stage}.safetensors" if step is None else f"{stage}-{step:06d}.safetensors")]
+        for path in files:
+            try:
+                if path.suffix == ".npy":
+                    np.load(path, mmap_mode="r")
+                else:
+                    with safe_open(path, "pt"):
+                        pass
+            except (OSError, ValueError, SafetensorError) as error:
+                return f"{path} is lost or damaged ({error})"
+        return None
 
     def discard(self, stage: str) -> None:
         found = self.found()
@@ -246,8 +273,6 @@ class Pipeline:
     def load(self, stage: str, modules: Mapping[str, nn.Module]) -> None:
         """Weights of a finished stage."""
         step = checkpoint.latest(self.folder, stage)
-        if step is None:
-            raise FileNotFoundError(f"diffrc: {self.folder} has lost the weights of stage {stage}; give --stages {STAGES.index(stage) + 1}")
         checkpoint.load_modules(self.folder / "weights" / f"{stage}-{step:06d}.safetensors", modules)
 
     # ---- stages 1 and 2: the models

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -546,6 +547,29 @@ def test_a_stale_artefact_is_refused_by_name_and_made_again_on_demand(undrawn, t
     capsys.readouterr()
     assert main(["diffrc", "--no-progress", "--out", str(out), "--resume"]) == 2
     assert "stage 4 (samples)" in (text := capsys.readouterr().err) and "target: " in text
+
+
+@pytest.mark.parametrize("name, change", [
+    ("weights/target-*.safetensors", "cut"), ("weights/encoder-*", "delete"),
+    ("samples/0000.safetensors", "cut"), ("sample_labels.npy", "cut"),
+])  # fmt: skip
+def test_a_lost_or_damaged_artefact_is_made_again(undrawn, tmp_path, capsys, name, change):
+    out = tmp_path / "run"
+    shutil.copytree(undrawn, out)
+    for path in out.glob(name):
+        path.unlink() if change == "delete" else path.write_bytes(path.read_bytes()[:100])
+    (out / "metrics.json").unlink()
+    assert main(["diffrc", "--no-progress", "--out", str(out), "--resume"]) == 0
+    assert "is lost or damaged" in (text := capsys.readouterr().out) and text.count("it is made again") == 1
+    same_bits(undrawn, out)
+
+
+def test_a_damaged_list_of_artefacts_is_refused_by_name(undrawn, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(undrawn, out)
+    (out / "artefacts.json").write_text("{")
+    assert main(["diffrc", "--no-progress", "--out", str(out), "--resume"]) == 2
+    assert f"diffrc: {out / 'artefacts.json'} is damaged" in capsys.readouterr().err
 
 
 def test_runs_share_what_they_would_make_alike(undrawn, tmp_path, monkeypatch, capsys):
