@@ -14,6 +14,7 @@ COMMANDS = {
     "cbdm": "the same with class-balancing diffusion",
     "t2h": "the same with oriented calibration: noisy tail images may have head images as targets",
     "diffrop": "the same with overlap optimisation: denoised means of different classes are pushed apart, on top of ddpm or cbdm",
+    "ccua": "the same with contrastive conditional-unconditional alignment",
     "diffrc": "train DiffRC: images of rare classes from a guided diffusion model, and a classifier that learns from them",
     "sample": "more samples from a run of ddpm, cbdm, t2h or diffrop, finished or not",
     "evaluate": "score the samples of runs of ddpm, cbdm, t2h or diffrop",
@@ -77,6 +78,10 @@ def _t2h(arguments: list[str]) -> int:
 
 def _diffrop(arguments: list[str]) -> int:
     return _images("diffrop", arguments)
+
+
+def _ccua(arguments: list[str]) -> int:
+    return _images("ccua", arguments)
 
 
 def _images(name: str, arguments: list[str]) -> int:

@@ -468,6 +468,24 @@ class DiffROPConfig(CBDMConfig):
 
 
 @dataclass(frozen=True)
+class CCUAConfig(ImageConfig):
+    """CCUA: contrastive conditional-unconditional alignment (Chen et al., 2025), which says "code" here.
+
+    The defaults train well on digits within minutes; --batch-resample is the resampling that the paper adds.
+    """
+
+    omega: float = ours(0.5, code=1.5)  # w of (1 + w) eps(x, y) - w eps(x)
+    ccua_alpha: float = code(1.0, ge=0)  # weight of InfoNCE between the images predicted without a label
+    ccua_gamma: float = code(1.0, ge=0)  # weight of the distance between the outputs with and without a label
+    ccua_temperature: float = code(0.1, gt=0)  # of InfoNCE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.conditional:
+            raise ValueError("config: CCUA compares outputs with and without labels, so it needs conditional; got --no-conditional")
+
+
+@dataclass(frozen=True)
 class DiffRCConfig(RunConfig):
     """DiffRC: long-tailed recognition with images that a diffusion model makes of the medium and tail classes (003), in five stages.
 
@@ -785,10 +803,11 @@ def presets_002(method: str, kind: type[ImageConfig]) -> dict[str, ImageConfig]:
     return {name: dataclasses.replace(stated, **row) for name, row in ROWS_002[method].items()}
 
 
-IMAGE_CONFIGS = {"ddpm": DDPMConfig, "cbdm": CBDMConfig, "t2h": T2HConfig, "diffrop": DiffROPConfig}
+IMAGE_CONFIGS = {"ddpm": DDPMConfig, "cbdm": CBDMConfig, "t2h": T2HConfig, "diffrop": DiffROPConfig, "ccua": CCUAConfig}
 IMAGE_PRESETS = {
     "ddpm": {**image_presets("ddpm", DDPMConfig), **presets_002("ddpm", DDPMConfig)},
     "cbdm": {**image_presets("cbdm", CBDMConfig), **presets_002("cbdm", CBDMConfig)},
     "t2h": image_presets("t2h", T2HConfig),
     "diffrop": {**small_presets(DiffROPConfig), **presets_002("diffrop", DiffROPConfig)},
+    "ccua": small_presets(CCUAConfig),
 }

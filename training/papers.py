@@ -43,6 +43,12 @@ CITATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
         "pages": "18434--18443",
         "year": "2023",
     }),
+    "ccua": ("misc", "chen2025ccua", {
+        "title": "Contrastive Conditional-Unconditional Alignment for Long-tailed Diffusion Model",
+        "author": "Fang Chen and Alex Villa and Gongbo Liang and Xiaoyi Lu and Meng Tang",
+        "year": "2025",
+        "note": "arXiv:2507.09052",
+    }),
     "ddpm": ("article", "ho2020ddpm", {
         "title": "Denoising Diffusion Probabilistic Models",
         "author": "Jonathan Ho and Ajay Jain and Pieter Abbeel",

@@ -19,12 +19,13 @@ from .ema import Ema
 from .loop import generator, read_log, train
 from .methods import diffrop
 from .methods.cbdm import Balance
+from .methods.ccua import Align
 from .methods.ddpm import Denoise
 from .methods.t2h import Calibrate
 from .networks import build_denoiser
 from .runfolder import check_device, open_folder
 
-STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate, "diffrop": diffrop.stage}
+STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate, "diffrop": diffrop.stage, "ccua": Align}
 CONFIGS = config.IMAGE_CONFIGS
 SCORES = evaluate.SCORES
 

@@ -22,11 +22,12 @@ from training.config import IMAGE_CONFIGS as KINDS
 from training.config import IMAGE_PRESETS, T2HConfig
 from training.methods import diffrop
 from training.methods.cbdm import CBDM, Balance
+from training.methods.ccua import Align
 from training.methods.ddpm import Denoise, mirrored
 from training.methods.t2h import Calibrate
 
-METHODS = ("ddpm", "cbdm", "t2h", "diffrop")
-STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate, "diffrop": diffrop.stage}
+METHODS = ("ddpm", "cbdm", "t2h", "diffrop", "ccua")
+STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate, "diffrop": diffrop.stage, "ccua": Align}
 TINY = (
     "--no-progress --no-evaluate --steps 10 --checkpoint-every 5 --batch-size 32 --width 32 --dropout 0.1 --samples 20 --sample-steps 4 "
     "--warmup 2"

@@ -113,7 +113,7 @@ def test_gathered_ranks_choose_as_one_process_does(spawn, alone, tmp_path, size)
 
 @pytest.mark.parametrize("method, options", [
     ("ddpm", {"augment": "diffaug", "loss_weight": "inverse"}), ("cbdm", {"cfg_drop": 0.5, "augment": "ada", "batch_resample": "sqrt"}),
-    ("diffrop", {"pcl_group_size": 12, "cfg_drop": 0.3}),
+    ("diffrop", {"pcl_group_size": 12, "cfg_drop": 0.3}), ("ccua", {"cfg_drop": 0.3}),
 ])  # fmt: skip
 def test_losses_do_not_depend_on_ranks(spawn, alone, tmp_path, method, options):
     one, two = alone(method, **options)[0], spawn(trained, 2, tmp_path / "ranks", method, options)[0][0]
