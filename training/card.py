@@ -10,7 +10,6 @@ from pathlib import Path
 
 from . import checkpoint, config, papers
 
-KINDS = {**config.IMAGE_CONFIGS, "dgd": config.DGDConfig, "cludi": config.CLUDIConfig, "diffrc": config.DiffRCConfig}
 FIGURES = (  # of all methods, in the order in which they are told
     "acc", "nmi", "ari", "acc_head", "acc_med", "acc_tail", "top1", "top1_many", "top1_med", "top1_few",
     "fid", "fid_head", "fid_med", "fid_tail", "is", "precision", "recall", "memorisation",
@@ -29,14 +28,14 @@ def write(folder: Path, report: Mapping) -> Path:
     """card.md in a run's folder from its config.json and what its metrics.json holds: at most 30 lines."""
     about = json.loads((folder / "config.json").read_text())
     method, settings, counts = about["method"], about["settings"], about["data"]["counts"]
-    kind, run = KINDS[method], shlex.quote(str(folder))
+    kind, run = type(config.PRESETS[method]["default"]), shlex.quote(str(folder))
     known = {item.name: item for item in dataclasses.fields(kind) if "runtime" not in item.metadata}
     changed = [
         f"{name} {one['value']} ({one['provenance']})" for name, one in settings.items()
         if name in known and one["value"] != known[name].default
     ]  # fmt: skip
     shown = {name: report[name] for name in FIGURES if isinstance(report.get(name), float)}
-    facts = [text.format(report[name]) for name, text in ABOUT.items() if isinstance(report.get(name), (str, int, float))]
+    beside = ", ".join(report.get("baselines", {})) or "nothing"
     remarks = [f"remarks in metrics.json on {', '.join(report['remarks'])}"] if report.get("remarks") else []
     seconds = f", {report['seconds']:.0f} s on {settings['device']['value']}" if "seconds" in report else ""
     commands = [f"{method} --out {run} --resume  # its samples, figures and pictures once more, from the weights"]
@@ -53,7 +52,7 @@ def write(folder: Path, report: Mapping) -> Path:
         f"**Not the default:** {', '.join(changed) or 'nothing'}.", "",
         *([f"| {' | '.join(shown)} |", "|" + "---|" * len(shown), f"| {' | '.join(f'{value:.3g}' for value in shown.values())} |"]
           if shown else ["Not evaluated."]), "",
-        f"**Figures:** {'; '.join([*facts, *remarks]) or 'none'}; beside them: {', '.join(report.get('baselines', {})) or 'nothing'}.",
+        f"**Figures:** {'; '.join([*facts(report), *remarks]) or 'none'}; beside them: {beside}.",
         f"**Limits:** one seed, {settings['dataset']['value']}. {LIMITS.get(method, LIMITS['images' if 'omega' in known else 'clusters'])}",
         "", "```sh", *(f"python -m training {command}" for command in commands), "```", "",
         "```bibtex", papers.bibtex(method), "```",
@@ -61,3 +60,8 @@ def write(folder: Path, report: Mapping) -> Path:
     with checkpoint.replacing(folder / "card.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
     return folder / "card.md"
+
+
+def facts(report: Mapping) -> list[str]:
+    """What a report's figures are of."""
+    return [text.format(report[name]) for name, text in ABOUT.items() if isinstance(report.get(name), (str, int, float))]

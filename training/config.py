@@ -792,3 +792,4 @@ IMAGE_PRESETS = {
     "t2h": image_presets("t2h", T2HConfig),
     "diffrop": {**small_presets(DiffROPConfig), **presets_002("diffrop", DiffROPConfig)},
 }
+PRESETS: dict[str, dict[str, RunConfig]] = {"dgd": DGD_PRESETS, "cludi": CLUDI_PRESETS, **IMAGE_PRESETS, "diffrc": DIFFRC_PRESETS}

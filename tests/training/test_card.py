@@ -9,10 +9,9 @@ import pytest
 
 import training.__main__
 from training import card, config, data, papers
-from training.config import CLUDI_PRESETS, DGD_PRESETS, DIFFRC_PRESETS, IMAGE_PRESETS
+from training.config import IMAGE_PRESETS, PRESETS
 from training.runfolder import finish, open_folder
 
-PRESETS = {**IMAGE_PRESETS, "dgd": DGD_PRESETS, "cludi": CLUDI_PRESETS, "diffrc": DIFFRC_PRESETS}
 CLUSTERS = {"acc": 0.81234, "nmi": 0.7, "ari": 0.6, "acc_head": 0.9, "acc_med": 0.8, "acc_tail": 0.5, "n": 100, "baselines": {"kmeans": {}}}
 IMAGES = {
     "fid": 12.3456, "fid_head": 20.0, "fid_med": 30.0, "fid_tail": None, "is": 6.5, "precision": 0.9, "recall": 0.8, "memorisation": 0.7,

@@ -10,12 +10,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from training import config, data
+from training.config import PRESETS
 from training.networks import AssignmentNet, NoisyEncoder, build_denoiser, build_encoder
 
 README = (Path(__file__).parents[2] / "training/README.md").read_text()
 SECTION = re.search(r"^## Recipes\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
 RATE = 50e12  # FLOP/s
-PRESETS = {**config.IMAGE_PRESETS, "diffrc": config.DIFFRC_PRESETS, "cludi": config.CLUDI_PRESETS, "dgd": config.DGD_PRESETS}
 NO_ROW = {  # presets beside the tables: a first look, other readings, curves; and a row that Table 5 of 001 does not have
     *((method, name) for method in PRESETS for name in ("default", "short", "300k", "code", "cludi-code", "diffrc-paper", "algorithm1")),
     ("cbdm", "table5-cifar10"), ("diffrop", "figure4-cifar10-const"), ("diffrop", "figure4-cifar100-const"),
