@@ -1,6 +1,7 @@
 """What the README files show runs: their Python blocks, and the commands as far as their options."""
 
 import argparse
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -54,6 +55,28 @@ def test_a_foreign_loop_learns(block, tmp_path, monkeypatch):
     assert len(losses) == len(terms) == 50
     assert min(term.item() for term in terms) > 0
     assert errors[-10:].mean() < 0.8 * errors[:10].mean()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_links_to_is_there(page):
+    """Files, and headings of pages by the anchors that GitHub gives them."""
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", (ROOT / page).read_text()):
+        path, _, anchor = target.partition("#")
+        other = (ROOT / page).parent / path if path else ROOT / page
+        assert other.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], target
+
+
+def test_the_pictures_of_the_ops_are_drawn_anew(tmp_path):
+    spec = importlib.util.spec_from_file_location("draw_ops", ROOT / "benchmarks/draw_ops.py")
+    draw_ops = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw_ops)
+    draw_ops.main(tmp_path)
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(path.name for path in (ROOT / "ltkernels").glob("*.png")) == ["density.png", "pcl_forms.png", "selection.png"]
+    assert all(1e4 < path.stat().st_size < 2e5 for path in tmp_path.iterdir())
 
 
 class Parsed(Exception):

@@ -16,6 +16,7 @@ COMMANDS = {
     "diffrop": "the same with overlap optimisation: denoised means of different classes are pushed apart, on top of ddpm or cbdm",
     "ccua": "the same with contrastive conditional-unconditional alignment",
     "diffrc": "train DiffRC: images of rare classes from a guided diffusion model, and a classifier that learns from them",
+    "zoo": "every method above on digits, each in its folder, and a line each of what came out",
     "sample": "more samples from a run of ddpm, cbdm, t2h or diffrop, finished or not",
     "evaluate": "score the samples of runs of ddpm, cbdm, t2h or diffrop",
     "classifier": "train the small classifier whose features stand in for Inception's; evaluate does it where it is missing",
@@ -53,15 +54,15 @@ def _complain(message: str) -> int:
 
 
 def _dgd(arguments: list[str]) -> int:
-    from . import config, run
+    from . import run
 
-    return _run("dgd", arguments, config.DGDConfig, config.DGD_PRESETS, run.dgd)
+    return _run("dgd", arguments, run.dgd)
 
 
 def _cludi(arguments: list[str]) -> int:
-    from . import config, run_cludi
+    from . import run_cludi
 
-    return _run("cludi", arguments, config.CLUDIConfig, config.CLUDI_PRESETS, run_cludi.cludi)
+    return _run("cludi", arguments, run_cludi.cludi)
 
 
 def _ddpm(arguments: list[str]) -> int:
@@ -85,16 +86,22 @@ def _ccua(arguments: list[str]) -> int:
 
 
 def _images(name: str, arguments: list[str]) -> int:
-    from . import config, run_images
+    from . import run_images
 
     method = lambda settings, preset: run_images.images(name, settings, preset)  # noqa: E731
-    return _run(name, arguments, run_images.CONFIGS[name], config.IMAGE_PRESETS[name], method, run_images.SCORES)
+    return _run(name, arguments, method, run_images.SCORES)
 
 
 def _diffrc(arguments: list[str]) -> int:
-    from . import config, run_diffrc
+    from . import run_diffrc
 
-    return _run("diffrc", arguments, config.DiffRCConfig, config.DIFFRC_PRESETS, run_diffrc.diffrc, run_diffrc.SCORES)
+    return _run("diffrc", arguments, run_diffrc.diffrc, run_diffrc.SCORES)
+
+
+def _zoo(arguments: list[str]) -> int:
+    from . import zoo
+
+    return zoo.main(arguments)
 
 
 def _sample(arguments: list[str]) -> int:
@@ -115,10 +122,11 @@ def _classifier(arguments: list[str]) -> int:
     return classifier.main(arguments)
 
 
-def _run(name: str, arguments: list[str], kind: type, presets: dict, method: Callable, columns: tuple[str, ...] | None = None) -> int:
+def _run(name: str, arguments: list[str], method: Callable, columns: tuple[str, ...] | None = None) -> int:
     from . import config
 
-    settings, preset = parse(arguments, name, kind, presets)
+    presets = config.PRESETS[name]
+    settings, preset = parse(arguments, name, type(presets["default"]), presets)
     folder = config.run_folder(settings, name)
     return stoppable(lambda: _show(method(settings, preset), folder, columns), f"python -m training {name} --out {folder} --resume")
 

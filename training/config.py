@@ -811,3 +811,4 @@ IMAGE_PRESETS = {
     "diffrop": {**small_presets(DiffROPConfig), **presets_002("diffrop", DiffROPConfig)},
     "ccua": small_presets(CCUAConfig),
 }
+PRESETS: dict[str, dict[str, RunConfig]] = {"dgd": DGD_PRESETS, "cludi": CLUDI_PRESETS, **IMAGE_PRESETS, "diffrc": DIFFRC_PRESETS}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import ltkernels
 
-from . import checkpoint, config, data, metrics, plots
+from . import card, checkpoint, config, data, metrics, plots
 from .classifier import load_classifier
 from .config import ImageConfig, short_name
 from .dumps import read_images, read_statistics
@@ -367,9 +367,12 @@ def evaluate_run(run: Path, **changes) -> dict:
     except ValueError as error:
         raise ValueError(f"evaluate: cannot read the samples of {run}: {error}") from error
     figures = score(run, settings, load(method, settings), samples, labels)
-    report = run / "metrics.json"
-    before = json.loads(report.read_text()) if report.is_file() else {"method": method, "dataset": settings.dataset}
-    checkpoint.write_json(report, {**before, **figures})
+    path = run / "metrics.json"
+    before = json.loads(path.read_text()) if path.is_file() else {"method": method, "dataset": settings.dataset}
+    report = {**before, **figures}
+    if (run / "weights").is_dir():  # not of a folder that `sample` wrote
+        card.write(run, report)
+    checkpoint.write_json(path, report)
     return figures
 
 

@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 import ltkernels
 
-from . import checkpoint, data, plots
+from . import data, plots
 from .clustering import SoftClusters, kmeans_labels, spectral_labels
 from .config import DGDConfig
 from .loop import generator, read_log, train
 from .methods.dgd import DensityGuidance, Joint, LatentDiffusion, Pretrain, cluster, fit_guidance, generate
 from .networks import Denoiser, LatentSpace, build_encoder, mlp
-from .runfolder import check_clusters, load_rows, open_folder
+from .runfolder import check_clusters, finish, load_rows, open_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ def dgd(settings: DGDConfig, preset: DGDConfig) -> dict:
         report["holdout"] = {"n": len(held), **{name: rows.held_scores(label) for name, (_, label) in labels.items()}}
     report["seconds"] = round(time.perf_counter() - began, 1)
     draw(folder, after["joint"])
-    checkpoint.write_json(folder / "metrics.json", report)  # last: its presence says that the run is finished
+    finish(folder, report)
     return report
 
 

@@ -21,7 +21,7 @@ from .loop import batches_per_epoch, generator, read_log, train
 from .methods.cludi import CLUDI, Distil
 from .methods.dgd import LatentDiffusion, Pretrain
 from .networks import AssignmentNet
-from .runfolder import check_clusters, load_rows, open_folder
+from .runfolder import check_clusters, finish, load_rows, open_folder
 from .views import perturb_features
 
 
@@ -69,7 +69,7 @@ def cludi(settings: CLUDIConfig, preset: CLUDIConfig, encoder_from: Path | None 
         report["holdout"] = {"n": len(rows.held), **{name: rows.held_scores(held) for name, (_, held) in labels.items()}}
     report["seconds"] = round(time.perf_counter() - began, 1)
     draw(folder, embedding, label, rows.train, report, settings)
-    checkpoint.write_json(folder / "metrics.json", report)  # last: its presence says that the run is finished
+    finish(folder, report)
     return report
 
 

@@ -36,7 +36,7 @@ from .methods.diffrc import LEAST, Adapt, DiffRC, Prototypes, Prototypical
 from .networks import NoisyEncoder, build_denoiser
 from .recognition import RECIPES, Recipe, predict, recognition_scores, to_unit, train_classifier
 from .run_images import write_samples
-from .runfolder import check_device, load_rows, open_folder
+from .runfolder import check_device, finish, load_rows, open_folder
 
 STAGES = ("source", "target", "encoder", "samples", "classifier")
 SCORES = ("top1", "top1_many", "top1_med", "top1_few", "std")
@@ -82,7 +82,7 @@ def diffrc(settings: DiffRCConfig, preset: DiffRCConfig) -> dict | None:
     report = run.report(test)
     report["seconds"] = round(time.perf_counter() - began, 1)
     run.draw(report)
-    checkpoint.write_json(run.folder / "metrics.json", report)  # last: its presence says that the run is finished
+    finish(run.folder, report)
     return report
 
 
@@ -264,7 +264,8 @@ class Pipeline:
         found = self.found()
         del found[stage]
         checkpoint.write_json(self.folder / "artefacts.json", found)  # first: an artefact that is not noted down is none
-        (self.folder / "metrics.json").unlink(missing_ok=True)  # it speaks of what is no more
+        for name in ("metrics.json", "card.md"):  # they speak of what is no more
+            (self.folder / name).unlink(missing_ok=True)
         checkpoint.discard(self.folder, stage)
         (self.folder / f"{stage}.json").unlink(missing_ok=True)
         for part in (self.folder / "samples").glob("*.safetensors") if stage == "samples" else ():

@@ -23,7 +23,7 @@ from .methods.ccua import Align
 from .methods.ddpm import Denoise
 from .methods.t2h import Calibrate
 from .networks import build_denoiser
-from .runfolder import check_device, open_folder
+from .runfolder import check_device, finish, open_folder
 
 STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate, "diffrop": diffrop.stage, "ccua": Align}
 CONFIGS = config.IMAGE_CONFIGS
@@ -59,7 +59,7 @@ def images(method: str, settings: ImageConfig, preset: ImageConfig) -> dict | No
     }  # fmt: skip
     report["seconds"] = round(time.perf_counter() - began, 1)
     draw(folder, report)
-    checkpoint.write_json(folder / "metrics.json", report)  # last: its presence says that the run is finished
+    finish(folder, report)
     return report
 
 

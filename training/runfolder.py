@@ -12,7 +12,7 @@ import torch
 
 import ltkernels
 
-from . import checkpoint, config, data, metrics
+from . import card, checkpoint, config, data, metrics
 from .config import RunConfig
 
 SCORES = ("acc", "nmi", "ari", "acc_head", "acc_med", "acc_tail")
@@ -86,6 +86,12 @@ def open_folder(method: str, settings: RunConfig, preset: RunConfig, dataset: da
         checkpoint.write_json(stored, stated)
         data.save_indices(dataset, folder / "indices.json")
     return folder
+
+
+def finish(folder: Path, report: dict) -> None:
+    """card.md and metrics.json, whose presence says that the run is finished."""
+    card.write(folder, report)
+    checkpoint.write_json(folder / "metrics.json", report)
 
 
 def table(report: dict, columns: Sequence[str] = SCORES) -> str:

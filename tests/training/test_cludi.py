@@ -467,8 +467,8 @@ def test_a_run_leaves_everything_it_promises(file, tmp_path, capsys):
     assert all(scores == set(row) for row in report["baselines"].values())
     assert {*rivals, "cludi"} == set(report["holdout"]) - {"n"} and report["holdout"]["n"] == 18
     assert report["samples"]["count"] == [1, 2] and len(report["samples"]["augmented"][0]) == 10
-    pictures = {"embedding.png", "confusion.png", "averaging.png", "losses.png"}
-    assert pictures | {"config.json", "log.jsonl", "metrics.json", "indices.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    pages = {"embedding.png", "confusion.png", "averaging.png", "losses.png", "card.md"}
+    assert pages | {"config.json", "log.jsonl", "metrics.json", "indices.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
     table = capsys.readouterr().out
     assert "CLUDI" in table and all(name in table for name in rivals)
     stored = config.read(tmp_path / "run" / "config.json", CLUDIConfig)

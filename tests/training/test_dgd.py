@@ -343,7 +343,8 @@ def test_a_run_leaves_everything_it_promises(blobs, tmp_path, capsys):
     assert all(scores == set(row) for row in report["baselines"].values())
     guided, unguided = (report["guidance"]["after_diffusion"][name]["log_density"] for name in ("guided", "unguided"))
     assert guided < unguided
-    assert {"config.json", "log.jsonl", "metrics.json", "latents.png", "density.png", "losses.png"} <= {path.name for path in out.iterdir()}
+    promised = {"config.json", "log.jsonl", "metrics.json", "card.md", "latents.png", "density.png", "losses.png"}
+    assert promised <= {path.name for path in out.iterdir()}
     table = capsys.readouterr().out
     assert all(name in table for name in ("DGD", "kmeans", "eta0=0", "acc_tail"))
 

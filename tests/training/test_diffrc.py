@@ -453,6 +453,7 @@ def test_a_run_leaves_its_files(whole):
     assert steps["t"] == [1000, 667, 333] and steps["noise"][-1] == steps["shift"][-1] == 0
     ratio = np.array(steps["shift"][:2]) / steps["noise"][:2]
     np.testing.assert_allclose(ratio, [0.6 * Diffusion().reverse_variance(*pair) ** 0.5 for pair in ((1000, 667), (667, 333))], rtol=1e-4)
+    assert "top1" in (whole / "card.md").read_text()
     pictures = ("generated", "guidance", "per_class", "losses_source", "losses_target", "losses_encoder")
     for name in (*(f"{name}.png" for name in pictures), "config.json", "indices.json", "log.jsonl"):
         assert (whole / name).stat().st_size > 0, name
@@ -543,7 +544,8 @@ def test_a_stale_artefact_is_refused_by_name_and_made_again_on_demand(undrawn, t
     assert run(other, "--s", "0.9") == 0
     assert run(out, "--resume", "--s", "0.9") == 0
     same_bits(out, other)
-    assert run(out, "--resume", "--stages", "2", "--s", "0.9", "--lam", "0.1") == 0 and not (out / "metrics.json").exists()
+    assert run(out, "--resume", "--stages", "2", "--s", "0.9", "--lam", "0.1") == 0
+    assert not (out / "metrics.json").exists() and not (out / "card.md").exists()
     capsys.readouterr()
     assert main(["diffrc", "--no-progress", "--out", str(out), "--resume"]) == 2
     assert "stage 4 (samples)" in (text := capsys.readouterr().err) and "target: " in text

@@ -378,6 +378,8 @@ def test_the_command_gives_the_same_figures_and_keeps_the_rest(run, capsys):
     other = json.loads((run / "metrics.json").read_text())
     assert (other["split_ref"], other["split_rule"]) == ("lt", "count") and other["fid"] == stored["fid"]
     assert other["fid_head"] != stored["fid_head"]
+    page = (run / "card.md").read_text()
+    assert f" {other['fid_med']:.3g} |" in page and f" {stored['fid_med']:.3g} |" not in page, "evaluate left the card as it was"
 
 
 def test_what_sample_writes_can_be_evaluated(run):

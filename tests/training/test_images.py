@@ -72,7 +72,8 @@ def test_a_run_leaves_its_files(whole, method):
     samples, labels = (np.load(whole / method / f"{name}.npy") for name in ("samples", "sample_labels"))
     assert samples.shape == (20, 1, 8, 8) and samples.dtype == np.uint8 and np.unique(samples).size > 20
     assert labels.dtype == np.int64 and labels.tolist() == [i // 2 for i in range(20)]
-    for name in ("config.json", "indices.json", "log.jsonl", "samples.png", "losses.png", *(["transfer.png"] if method == "t2h" else [])):
+    more = ["transfer.png"] if method == "t2h" else []
+    for name in ("config.json", "indices.json", "log.jsonl", "samples.png", "losses.png", "card.md", *more):
         assert (whole / method / name).stat().st_size > 0, name
     stored = json.loads((whole / method / "config.json").read_text())
     assert stored["data"] == {"shape": [1, 8, 8], "counts": report["counts"]}
