@@ -20,8 +20,8 @@ def read_images(samples: Path, labels: Path | None, shape: tuple[int, ...]) -> t
         if not path.is_file():
             raise FileNotFoundError(f"evaluate: no such file: {path}")
         try:
-            return np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:  # pickles, files cut off
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:  # pickles, files cut off
             raise ValueError(f"evaluate: cannot read {path}: {error}") from error
 
     def refuse(path: Path, expected: str, fact: object) -> None:
@@ -41,17 +41,21 @@ def read_images(samples: Path, labels: Path | None, shape: tuple[int, ...]) -> t
     if images.dtype != np.uint8:
         low, high = float(images.min()), float(images.max())
         if not 0 <= low <= high <= 1:  # NaN, too
-            way = "(x + 1) / 2" if -1 <= low < 0 and high <= 1 else "x / 255" if 0 <= low and high <= 255 else None
-            refuse(samples, "floats in [0, 1]", f"{low:g} to {high:g}" + (f": {way} makes them so" if way else ""))
-        images, done = np.rint(images.astype(np.float64) * 255).astype(np.uint8), f"{images.dtype} in [0, 1], rounded to 8 bits"
+            way = "(x + 1) / 2" if -1 <= low < 0 and high <= 1 else "x / 255" if 0 <= low and 2 < high <= 255 else None
+            refuse(samples, "floats in [0, 1]", f"{low:.9g} to {high:.9g}" + (f": {way} makes them so" if way else ""))
+        done, floats, images = f"{images.dtype} in [0, 1], rounded to 8 bits", images, np.empty(images.shape, np.uint8)
+        for rows in range(0, len(images), 1000):  # float64 of all of them would be eight times the file
+            images[rows : rows + 1000] = np.rint(floats[rows : rows + 1000].astype(np.float64) * 255)
     if labels is None:
-        return torch.from_numpy(images), torch.full((len(images),), -1), done
+        return torch.from_numpy(np.array(images)), torch.full((len(images),), -1), done
     classes = read(labels)
     if not isinstance(classes, np.ndarray) or classes.dtype.kind not in "iu":
         refuse(labels, "an array of integers", getattr(classes, "dtype", "several arrays"))
     if classes.shape != (len(images),):
         refuse(labels, f"one label an image, shape ({len(images)},)", classes.shape)
-    return torch.from_numpy(images), torch.from_numpy(classes.astype(np.int64)), done
+    if classes.min() < -1 or classes.max() >= 2**31:
+        refuse(labels, "labels from 0 on, or -1 for none", f"{classes.min()} to {classes.max()}")
+    return torch.from_numpy(np.array(images)), torch.from_numpy(classes.astype(np.int64)), done
 
 
 def read_statistics(path: Path) -> Moments:
@@ -60,9 +64,13 @@ def read_statistics(path: Path) -> Moments:
         raise FileNotFoundError(f"evaluate: no such file: {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            mean, cov = (torch.from_numpy(file[name].astype(np.float64)) for name in ("mu", "sigma"))
+            mean, cov = (torch.from_numpy(file[name].astype(np.float64, casting="same_kind")) for name in ("mu", "sigma"))
     except (ValueError, KeyError, EOFError, OSError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"evaluate: {path}: expected an .npz with mu and sigma; {error}") from error
     if mean.dim() != 1 or cov.shape != (len(mean), len(mean)):
         raise ValueError(f"evaluate: {path}: expected mu (F,) and sigma (F, F); got {tuple(mean.shape)} and {tuple(cov.shape)}")
+    if not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
+        raise ValueError(f"evaluate: {path}: expected finite mu and sigma; got NaN or inf")
+    if not torch.allclose(cov, cov.T, rtol=1e-5, atol=1e-8):
+        raise ValueError(f"evaluate: {path}: expected a symmetric sigma; it differs from its transpose by {(cov - cov.T).abs().max():g}")
     return Moments(mean, cov, None)

@@ -419,7 +419,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-progress", dest="progress", action="store_false", default=None)
     foreign = parser.add_argument_group("images that are no run's")
     foreign.add_argument("--samples", type=Path, help=".npy of images (N, C, H, W), uint8 or float in [0, 1]")
-    foreign.add_argument("--labels", type=Path, help=".npy of their classes (N,); default: they have none")
+    foreign.add_argument("--labels", type=Path, help=".npy of their classes (N,), -1 for none; default: they have none")
     foreign.add_argument("--dataset", help="what they stand for: a data set as for training; default digits-lt")
     foreign.add_argument("--imbalance-ratio", type=float, help="of the training set; default 20 for digits, 100 elsewhere")
     foreign.add_argument("--class-order", help="of the training set, as for training")

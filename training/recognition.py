@@ -58,13 +58,14 @@ def train_classifier(
 ) -> nn.Module:  # fmt: skip
     """A network that answers images (B, C, H, W) in [-1, 1] with logits (B, num_classes), in eval mode, on the images' device.
 
-    images (N, C, H, W): float in [-1, 1] or uint8; labels (N,) in [0, num_classes). Its bits are a function of these, the recipe, seed
-    and stage (on a GPU: to rounding). folder: keeps checkpoints of `stage`, goes on from them, and answers at once where the stage is
-    finished; one of another recipe, another seed or other images is refused.
+    images (N, C, H, W): float in [-1, 1] or uint8; labels (N,) in [0, num_classes). Its bits are a function of these, the recipe and
+    seed (on a GPU: to rounding): classifiers that are to be compared have the same first weights, whatever `stage` they are. folder: keeps
+    checkpoints of `stage`, goes on from them, and answers at once where the stage is finished; one of another recipe, another seed or other
+    images is refused.
     Example: `train_classifier(dataset.images, dataset.labels, 10, RECIPES["digits"], seed=0)`.
     """
     _check_images(images, labels, num_classes)
-    net = build(recipe, tuple(images.shape[1:]), num_classes, generator(seed, stage, "network").initial_seed()).to(images.device)
+    net = build(recipe, tuple(images.shape[1:]), num_classes, generator(seed, Recognise.stream, "network").initial_seed()).to(images.device)
     job = Recognise(stage, net, images, labels, num_classes, recipe, seed)
     with tempfile.TemporaryDirectory() as passing:
         kept = Path(passing if folder is None else folder)
@@ -121,6 +122,8 @@ def to_unit(images: Tensor) -> Tensor:
 class Recognise(Stage):
     """Cross entropy of one classifier."""
 
+    stream = "classifier"
+
     def __init__(self, name: str, net: nn.Module, images: Tensor, labels: Tensor, num_classes: int, recipe: Recipe, seed: int):
         self.name, self.net, self.modules, self.lr, self.cache = name, net.train(), {"classifier": net}, {"classifier": recipe.lr}, {}
         self.images, self.labels, self.recipe, self.seed = images, labels, recipe, seed
@@ -130,7 +133,7 @@ class Recognise(Stage):
         self.prior = self.prior.to(images.device)  # of a class without images: -inf, as it is no label's
 
     def loss(self, step, rng):
-        rows = batch_rows(len(self.labels), self.recipe.batch_size, step, self.seed, self.name).to(self.images.device)
+        rows = batch_rows(len(self.labels), self.recipe.batch_size, step, self.seed, self.stream).to(self.images.device)
         x, y = to_unit(self.images[rows]), self.labels[rows]
         logits = self.net(varied(x, rng, flip=self.recipe.flip, crop=self.recipe.crop))
         return F.cross_entropy(logits + self.prior, y), {"accuracy": (logits.detach().argmax(1) == y).double().mean()}
@@ -161,7 +164,12 @@ def _claim(path: Path, about: dict) -> None:
     """Write what the checkpoints beside `path` are of; refuse those of something else."""
     if not path.is_file():
         checkpoint.write_json(path, about)
-    elif (found := json.loads(path.read_text())) != about:
+        return
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"train_classifier: {path} is damaged ({error}); give another folder or delete it") from error
+    if found != about:
         changed = ", ".join(key for key in about if found.get(key) != about[key])
         raise ValueError(f"train_classifier: {path} is of a classifier with another value of {changed}; give another folder or delete it")
 

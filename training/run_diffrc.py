@@ -183,10 +183,15 @@ class Pipeline:
     def found(self, folder: Path | None = None) -> dict[str, dict]:
         """artefacts.json: {stage: {"made_of": .., "done": ..}}."""
         path = (folder or self.folder) / "artefacts.json"
+        if not path.is_file():
+            return {}
         try:
-            return json.loads(path.read_text()) if path.is_file() else {}
+            found = json.loads(path.read_text())
+            if not (isinstance(found, dict) and all(isinstance(one, dict) and {"made_of", "done"} == set(one) for one in found.values())):
+                raise ValueError(f"expected stages with made_of and done; got {found!r:.100}")
         except ValueError as error:
             raise ValueError(f"diffrc: {path} is damaged ({error}); give --overwrite, or another --out") from error
+        return found
 
     def note(self, stage: str, done: bool) -> None:
         checkpoint.write_json(self.folder / "artefacts.json", {**self.found(), stage: {"made_of": self.made_of[stage], "done": done}})
@@ -237,6 +242,8 @@ class Pipeline:
             there = None
         if there is not None and there["made_of"] != self.made_of[stage]:
             self.discard(stage)
+        elif there is None:
+            self.clear(stage)  # what a call that was killed while it discarded has left
         self.note(stage, done=False)
         getattr(self, f"make_{stage}")()
         self.note(stage, done=True)
@@ -249,15 +256,18 @@ class Pipeline:
         else:
             step = checkpoint.latest(self.folder, stage)
             files = [self.folder / "weights" / (f"{stage}.safetensors" if step is None else f"{stage}-{step:06d}.safetensors")]
+        lengths = []
         for path in files:
             try:
                 if path.suffix == ".npy":
-                    np.load(path, mmap_mode="r")
+                    lengths.append(len(np.load(path, mmap_mode="r")))
                 else:
-                    with safe_open(path, "pt"):
-                        pass
+                    with safe_open(path, "pt") as file:
+                        lengths += [int(file.get_tensor("keep").sum())] if stage == "samples" else []
             except (OSError, ValueError, SafetensorError) as error:
                 return f"{path} is lost or damaged ({error})"
+        if stage == "samples" and not lengths[0] == lengths[1] == sum(lengths[2:]):
+            return f"{self.folder}: samples are lost or damaged ({lengths[0]} images, {lengths[1]} labels, parts of {lengths[2:]})"
         return None
 
     def discard(self, stage: str) -> None:
@@ -266,6 +276,9 @@ class Pipeline:
         checkpoint.write_json(self.folder / "artefacts.json", found)  # first: an artefact that is not noted down is none
         for name in ("metrics.json", "card.md"):  # they speak of what is no more
             (self.folder / name).unlink(missing_ok=True)
+        self.clear(stage)
+
+    def clear(self, stage: str) -> None:
         checkpoint.discard(self.folder, stage)
         (self.folder / f"{stage}.json").unlink(missing_ok=True)
         for part in (self.folder / "samples").glob("*.safetensors") if stage == "samples" else ():

@@ -327,6 +327,13 @@ def first_step(tmp_path, move=0.0, **changes):
         for p in stage.source.parameters():
             p.add_(torch.randn(p.shape, generator=rng), alpha=move)
     total, figures = stage.loss(0, loop.generator(0, 0, "target", 0))
+    if figures:  # Eq. 6 to 9 from the networks' answers
+        batch, abar = stage.draw(0, loop.generator(0, 0, "target", 0)), stage.diffusion.alpha_bar
+        abar = abar[batch.t].view(-1, 1, 1, 1)
+        noise = (net(batch.x_t, batch.t).double() for net in (stage.net, stage.source))
+        x0hat = [(batch.x_t.double() - (1 - abar).sqrt() * eps) / abar.sqrt() for eps in noise]
+        pair = by_hand(stage.method, *x0hat, stage.group, batch.y) / (64 if stage.own.pair_reduce == "sum" else 1)
+        assert float(figures["loss_pair"].detach()) == pytest.approx(stage.own.lam * float(pair.detach()), rel=1e-3, abs=1e-7)
     sizes = stage.group.bincount()
     return float(total.detach()), {name: float(value.detach()) for name, value in figures.items()}, int(sizes[sizes > 2].sum())
 
@@ -553,7 +560,7 @@ def test_a_stale_artefact_is_refused_by_name_and_made_again_on_demand(undrawn, t
 
 @pytest.mark.parametrize("name, change", [
     ("weights/target-*.safetensors", "cut"), ("weights/encoder-*", "delete"),
-    ("samples/0000.safetensors", "cut"), ("sample_labels.npy", "cut"),
+    ("samples/0000.safetensors", "cut"), ("sample_labels.npy", "cut"), ("samples/0001.safetensors", "delete"),
 ])  # fmt: skip
 def test_a_lost_or_damaged_artefact_is_made_again(undrawn, tmp_path, capsys, name, change):
     out = tmp_path / "run"
@@ -562,14 +569,28 @@ def test_a_lost_or_damaged_artefact_is_made_again(undrawn, tmp_path, capsys, nam
         path.unlink() if change == "delete" else path.write_bytes(path.read_bytes()[:100])
     (out / "metrics.json").unlink()
     assert main(["diffrc", "--no-progress", "--out", str(out), "--resume"]) == 0
-    assert "is lost or damaged" in (text := capsys.readouterr().out) and text.count("it is made again") == 1
+    assert "lost or damaged" in (text := capsys.readouterr().out) and text.count("it is made again") == 1
     same_bits(undrawn, out)
 
 
-def test_a_damaged_list_of_artefacts_is_refused_by_name(undrawn, tmp_path, capsys):
+def test_a_kill_while_old_weights_are_discarded_leaves_none_of_them(undrawn, tmp_path, monkeypatch):
+    out, again = tmp_path / "run", tmp_path / "again"
+    shutil.copytree(undrawn, out)
+    options = ["--resume", "--stages", "2", "--lam", "0.9"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_diffrc.checkpoint, "discard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(out, *options) == 130
+    assert run(out, *options) == 0
+    assert run(again, "--stages", "1-2", "--lam", "0.9") == 0
+    (path,) = again.glob("weights/target-*.safetensors")
+    assert (out / "weights" / path.name).read_bytes() == path.read_bytes() != (undrawn / "weights" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"source": {}}'])
+def test_a_damaged_list_of_artefacts_is_refused_by_name(undrawn, tmp_path, capsys, text):
     out = tmp_path / "run"
     shutil.copytree(undrawn, out)
-    (out / "artefacts.json").write_text("{")
+    (out / "artefacts.json").write_text(text)
     assert main(["diffrc", "--no-progress", "--out", str(out), "--resume"]) == 2
     assert f"diffrc: {out / 'artefacts.json'} is damaged" in capsys.readouterr().err
 

@@ -449,6 +449,16 @@ def test_a_dump_without_labels_and_other_statistics(run, tmp_path, capsys):
     np.savez(tmp_path / "stats.npz", mean=mean)
     assert main([*words, "--statistics", str(tmp_path / "stats.npz")]) == 2
     assert "expected an .npz with mu and sigma" in capsys.readouterr().err
+    crooked = np.eye(64)
+    crooked[0, 1] = 0.5
+    for sigma, words_of in (
+        (np.full((64, 64), np.nan), "finite mu and sigma"), (crooked, "symmetric sigma"), (np.eye(64) * 1j, "an .npz with mu and sigma"),
+    ):  # fmt: skip
+        np.savez(tmp_path / "stats.npz", mu=mean, sigma=sigma)
+        assert main([*words, "--statistics", str(tmp_path / "stats.npz")]) == 2 and words_of in capsys.readouterr().err
+    (tmp_path / "cut.npy").write_bytes(b"PK\x03\x04cut")
+    assert main(["evaluate", "--samples", str(tmp_path / "cut.npy"), "--dataset", "digits-lt"]) == 2
+    assert "cut.npy" in capsys.readouterr().err
 
 
 def spoiled(images, labels, what):
@@ -457,7 +467,7 @@ def spoiled(images, labels, what):
         "size": (images[..., :7], labels), "integers": (images.astype(np.int64), labels), "[-1, 1]": (images / 127.5 - 1, labels),
         "0 .. 255": (images.astype(np.float32), labels), "NaN": (np.full(images.shape, np.nan, np.float32), labels),
         "pickle": (np.array([{}], dtype=object), labels), "too few labels": (images, labels[:-1]), "float labels": (images, labels / 1.0),
-        "label 10": (images, labels + 1),
+        "label 10": (images, labels + 1), "label -2": (images, labels - 2), "a little over 1": (images / 255 + 1e-7, labels),
     }[what]  # fmt: skip
 
 
@@ -474,6 +484,8 @@ def spoiled(images, labels, what):
     ("too few labels", "expected one label an image, shape (120,); got (119,)"),
     ("float labels", "expected an array of integers; got float64"),
     ("label 10", "expected labels in [-1, 10); got 1 to 10"),
+    ("label -2", "y.npy: expected labels from 0 on, or -1 for none; got -2 to 7"),
+    ("a little over 1", "expected floats in [0, 1]; got 1e-07 to 1.0000001"),
 ])  # fmt: skip
 def test_a_wrong_dump_is_refused_by_name(run, tmp_path, capsys, what, words):
     options = dump(run, tmp_path, "uint8")

@@ -62,7 +62,9 @@ def test_what_was_stopped_goes_on_and_nothing_before_it(runs, capsys):
     assert stopped == ["dgd", "cludi", "ddpm", "cbdm", "t2h"] and "stopped in t2h" in capsys.readouterr().err
     assert main(["zoo", "--preset", "short"]) == 0
     again = runs.made[len(stopped) :]
-    assert [(method, settings.resume) for method, settings, _ in again] == [("t2h", True), ("diffrop", False), ("ccua", False), ("diffrc", False)]
+    assert [(method, settings.resume) for method, settings, _ in again] == [
+        ("t2h", True), ("diffrop", False), ("ccua", False), ("diffrc", False)
+    ]  # fmt: skip
 
 
 def test_a_run_of_other_settings_is_neither_told_nor_gone_on_with(runs, capsys):
