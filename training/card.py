@@ -14,10 +14,10 @@ FIGURES = (  # of all methods, in the order in which they are told
     "acc", "nmi", "ari", "acc_head", "acc_med", "acc_tail", "top1", "top1_many", "top1_med", "top1_few",
     "fid", "fid_head", "fid_med", "fid_tail", "is", "precision", "recall", "memorisation",
 )  # fmt: skip
-ABOUT = {"n": "n = {}", "reference": "reference: {}", "guidance": "omega = {:g}", "features": "features: {}", "test": "test set: {}",
+ABOUT = {"n": "n = {}", "reference": "reference: {}", "guidance": "omega = {:g}", "features": "features: {}", "test": "{}",
          "latents": "latents: {}", "class_prior": "class prior: {}"}  # fmt: skip
 LIMITS = {
-    "clusters": "Clusters have no names: for ACC they are matched with the labels, which the training never saw.",
+    "clusters": "Clusters have no names: for ACC they are matched with the labels, which no loss sees.",
     "images": "Figures compare with those of the same n, reference, omega and features only. Memorisation is of the tail's samples: "
     "1 as far from the training images as those lie from each other, 0 copies.",
     "diffrc": "The figures are of classifiers on real test images; how good the generated images look, none of them says.",
@@ -38,7 +38,7 @@ def write(folder: Path, report: Mapping) -> Path:
     beside = ", ".join(report.get("baselines", {})) or "nothing"
     remarks = [f"remarks in metrics.json on {', '.join(report['remarks'])}"] if report.get("remarks") else []
     seconds = f", {report['seconds']:.0f} s on {settings['device']['value']}" if "seconds" in report else ""
-    commands = [f"{method} --out {run} --resume  # its samples, figures and pictures once more, from the weights"]
+    commands = [f"{method} --out {run} --resume  # its figures and pictures once more, from the weights"]
     if method in config.IMAGE_CONFIGS:
         commands = [f"sample {run} --n 64 --out {run}/samples", f"evaluate {run}"]
     elif method == "diffrc":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import __main__, card, config
 
-FIGURES = ("acc", "nmi", "ari", "acc_tail", "top1", "top1_few", "fid", "fid_tail", "recall", "memorisation")
+FIGURES = ("acc", "nmi", "ari", "acc_tail", "top1", "top1_few", "fid", "fid_tail", "is", "memorisation")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -391,7 +391,7 @@ def test_what_sample_writes_can_be_evaluated(run):
 
 def test_the_command_refuses(run, tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 2
-    assert "expected a run of ddpm, cbdm, t2h, diffrop that has drawn samples; there is no" in capsys.readouterr().err
+    assert "expected a run of ddpm, cbdm, t2h, diffrop, ccua that has drawn samples; there is no" in capsys.readouterr().err
     for name in ("config.json", "samples.npy", "sample_labels.npy"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     (tmp_path / "samples.npy").write_bytes((run / "samples.npy").read_bytes()[:200])

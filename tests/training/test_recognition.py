@@ -159,7 +159,7 @@ def test_digits_are_learnt():
     assert not net.training and recognition_scores(net, test, train.counts)["top1"] > 0.95
 
 
-def test_bits_are_a_function_of_seed_and_stage():
+def test_bits_are_a_function_of_the_seed_whatever_the_stage():
     images, labels = some_images()
     train = lambda **changes: weights_of(train_classifier(images, labels, 4, TINY, progress=False, **{"seed": 0, **changes}))  # noqa: E731
     before = torch.get_rng_state()
@@ -168,7 +168,7 @@ def test_bits_are_a_function_of_seed_and_stage():
     torch.rand(3)
     networks = [weights_of(recognition.build(TINY, (1, 8, 8), 4, seed)) for seed in (0, 0, 1)]
     assert torch.equal(networks[0], networks[1]) and not torch.equal(networks[0], networks[2])
-    assert torch.equal(train(), first) and not torch.equal(train(seed=1), first) and not torch.equal(train(stage="other"), first)
+    assert torch.equal(train(), first) and not torch.equal(train(seed=1), first) and torch.equal(train(stage="other"), first)
 
 
 def test_bytes_are_images():
