@@ -14,7 +14,7 @@ from training import config, data, loop, run_images, toy
 from training.__main__ import main
 from training.augment import diff_augment
 from training.config import DiffROPConfig
-from training.diffusion import Diffusion
+from training.diffusion import Diffusion, GivenBetas
 from training.methods import DiffROP
 from training.methods.ddpm import class_weights
 from training.methods.diffrop import Separate, SeparateBalanced, denoised, pairs
@@ -191,6 +191,17 @@ def test_times_of_flow_matching():
     mu, y, t = rows()
     method = DiffROP(steps=1000)
     torch.testing.assert_close(dataclasses.replace(method, steps=1.0).loss(mu, y, t / 1000), method.loss(mu, y, t))
+
+
+def test_times_and_betas_of_somebody_else():
+    """Times from 0 are told apart from those from 1, and given betas are those of Diffusion where they are the same."""
+    x, output, t = torch.randn(2, 5, 1, 2, 2).unbind() + (torch.tensor([0, 1, 500, 998, 999]),)
+    schedule = GivenBetas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"DiffROP.rows: t must be in \[1, 1000\]; got 0 to 999; add 1 to times from 0 on"):
+        DiffROP().rows(schedule, x, output, t)
+    assert torch.equal(DiffROP().rows(schedule, x, output, t + 1), DiffROP().rows(D, x, output, t + 1))
+    with pytest.raises(ValueError, match="GivenBetas: expected betas"):
+        GivenBetas(torch.tensor([0.5, 1.0]))
 
 
 def test_arguments_that_belong_together():

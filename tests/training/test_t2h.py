@@ -162,6 +162,12 @@ def test_in_a_loop_of_flow_matching(prediction):
     assert target.shape == x0.shape and target.isfinite().all() and not target.requires_grad
 
 
+def test_a_mode_for_dropped_labels_needs_to_know_them():
+    x = torch.randn(3, 1, 2, 2)
+    with pytest.raises(ValueError, match="T2H: uncond_mode 'none' needs dropped"):
+        T2H(LT, uncond_mode="none").target(x, x, torch.arange(3), 1.0, 1.0)
+
+
 @pytest.mark.parametrize("name, value", [("mode", "both"), ("estimator", "median"), ("uncond_mode", "drop")])
 def test_unknown_choices_are_refused(name, value):
     with pytest.raises(ValueError, match=f"T2H: {name} must be one of .*; got '{value}'"):

@@ -66,7 +66,9 @@ class DiffROP:
         return self.tau0 * (1 - share if self.tau_schedule == "linear" else torch.ones_like(share))
 
     def rows(self, schedule: Schedule, x_t: Tensor, output: Tensor, t: Tensor, prediction: str = "epsilon") -> Tensor:
-        """What `loss` is to be given, of a network's output for x_t (B, ...) at times t (B,)."""
+        """What `loss` is to be given, of a network's output for x_t (B, ...) at times t (B,) in 1..T: add 1 to those of 0..T - 1."""
+        if not torch.compiler.is_compiling() and not bool(((t >= 1) & (t <= schedule.steps)).all()):
+            raise ValueError(f"DiffROP.rows: t must be in [1, {schedule.steps}]; got {t.min()} to {t.max()}; add 1 to times from 0 on")
         return denoised(schedule, x_t, output, t, prediction, self.space)
 
     def loss(
@@ -159,7 +161,7 @@ class Separate(Denoise):
         return target, {**figures, "pairs": self.pairs(batch)}
 
     def further_terms(self, batch, output):
-        mu = self.pcl.rows(self.diffusion, batch.x_t, output, batch.t, self.config.prediction)
+        mu = denoised(self.diffusion, batch.x_t, output, batch.t, self.config.prediction, self.pcl.space)
         if self.config.pcl_t == "reforward":
             total = self.reforwarded(batch, mu)
         else:
@@ -177,7 +179,7 @@ class Separate(Denoise):
             t, eps = batch.t[i].expand_as(batch.whole_t), noise[batch.offset + i] if self.config.pcl_noise == "shared" else noise
             there = replace(batch, x_t=self.diffusion.add_noise(batch.whole_x0, eps, t), t=t, augment=batch.whole_augment)
             output = self.predict(there, batch.whole_label)
-            partners = self.pcl.rows(self.diffusion, there.x_t, output, t, self.config.prediction)
+            partners = denoised(self.diffusion, there.x_t, output, t, self.config.prediction, self.pcl.space)
             row = slice(i, i + 1)
             total = total + self.pcl.loss(mu[row], batch.label[row], t[:1], other=partners, other_y=batch.whole_label, other_t=t)
         return total

@@ -84,6 +84,8 @@ class T2H:
             reference, reference_labels, self_index = x0, y, torch.arange(len(x0), device=x0.device)
         if reference_labels is None or self_index is None:
             raise ValueError("T2H: a reference needs reference_labels and self_index; got None")
+        if self.uncond_mode != "same" and dropped is None:
+            raise ValueError(f"T2H: uncond_mode {self.uncond_mode!r} needs dropped, the rows whose label was dropped; got None")
         if self.cut_time is not None and t is None:
             raise ValueError("T2H: cut_time needs the times t; got None")
         points = (reference.points if isinstance(reference, ltkernels.Bank) else reference).flatten(1)
