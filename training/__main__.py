@@ -15,6 +15,7 @@ COMMANDS = {
     "t2h": "the same with oriented calibration: noisy tail images may have head images as targets",
     "diffrop": "the same with overlap optimisation: denoised means of different classes are pushed apart, on top of ddpm or cbdm",
     "ccua": "the same with contrastive conditional-unconditional alignment",
+    "analytic": "samples of the ideal denoiser of the training set, without training: the baseline of memorisation",
     "diffrc": "train DiffRC: images of rare classes from a guided diffusion model, and a classifier that learns from them",
     "zoo": "every method above on digits, each in its folder, and a line each of what came out",
     "sample": "more samples from a run of ddpm, cbdm, t2h or diffrop, finished or not",
@@ -83,6 +84,10 @@ def _diffrop(arguments: list[str]) -> int:
 
 def _ccua(arguments: list[str]) -> int:
     return _images("ccua", arguments)
+
+
+def _analytic(arguments: list[str]) -> int:
+    return _images("analytic", arguments)
 
 
 def _images(name: str, arguments: list[str]) -> int:

@@ -486,6 +486,14 @@ class CCUAConfig(ImageConfig):
 
 
 @dataclass(frozen=True)
+class AnalyticConfig(ImageConfig):
+    """The ideal denoiser of the training set, through the samplers of the networks. Nothing is trained: settings of training do nothing."""
+
+    omega: float = ours(0.0)  # w of (1 + w) eps(x, y) - w eps(x)
+    class_mix: float = ours(0.0, ge=0)  # how much an image of another class counts, where one of the class itself counts 1
+
+
+@dataclass(frozen=True)
 class DiffRCConfig(RunConfig):
     """DiffRC: long-tailed recognition with images that a diffusion model makes of the medium and tail classes (003), in five stages.
 
@@ -803,12 +811,15 @@ def presets_002(method: str, kind: type[ImageConfig]) -> dict[str, ImageConfig]:
     return {name: dataclasses.replace(stated, **row) for name, row in ROWS_002[method].items()}
 
 
-IMAGE_CONFIGS = {"ddpm": DDPMConfig, "cbdm": CBDMConfig, "t2h": T2HConfig, "diffrop": DiffROPConfig, "ccua": CCUAConfig}
+IMAGE_CONFIGS = {
+    "ddpm": DDPMConfig, "cbdm": CBDMConfig, "t2h": T2HConfig, "diffrop": DiffROPConfig, "ccua": CCUAConfig, "analytic": AnalyticConfig,
+}  # fmt: skip
 IMAGE_PRESETS = {
     "ddpm": {**image_presets("ddpm", DDPMConfig), **presets_002("ddpm", DDPMConfig)},
     "cbdm": {**image_presets("cbdm", CBDMConfig), **presets_002("cbdm", CBDMConfig)},
     "t2h": image_presets("t2h", T2HConfig),
     "diffrop": {**small_presets(DiffROPConfig), **presets_002("diffrop", DiffROPConfig)},
     "ccua": small_presets(CCUAConfig),
+    "analytic": {"default": AnalyticConfig(), "short": AnalyticConfig(samples=200, sample_steps=25)},
 }
 PRESETS: dict[str, dict[str, RunConfig]] = {"dgd": DGD_PRESETS, "cludi": CLUDI_PRESETS, **IMAGE_PRESETS, "diffrc": DIFFRC_PRESETS}

@@ -17,7 +17,7 @@ from .config import ImageConfig
 from .diffusion import Diffusion, sample_images
 from .ema import Ema
 from .loop import generator, read_log, train
-from .methods import diffrop
+from .methods import analytic, diffrop
 from .methods.cbdm import Balance
 from .methods.ccua import Align
 from .methods.ddpm import Denoise
@@ -25,7 +25,9 @@ from .methods.t2h import Calibrate
 from .networks import build_denoiser
 from .runfolder import check_device, finish, open_folder
 
-STAGES = {"ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate, "diffrop": diffrop.stage, "ccua": Align}
+STAGES = {
+    "ddpm": Denoise, "cbdm": Balance, "t2h": Calibrate, "diffrop": diffrop.stage, "ccua": Align, "analytic": analytic.Ideal,
+}  # fmt: skip
 CONFIGS = config.IMAGE_CONFIGS
 SCORES = evaluate.SCORES
 
@@ -175,7 +177,8 @@ def grid(folder: Path, net: nn.Module, settings: ImageConfig, dataset: data.Data
 
 
 def draw(folder: Path, report: dict) -> None:
-    plots.loss_curves(folder / "losses.png", read_log(folder / "log.jsonl"))
+    if rows := read_log(folder / "log.jsonl"):
+        plots.loss_curves(folder / "losses.png", rows)
     if "transfer" in report:
         plots.transfer(folder / "transfer.png", report["transfer"])
 
@@ -202,7 +205,10 @@ def sample_run(run: Path, out: Path, raw_weights: bool = False, seed: int | None
     check_device("sample", settings.device)
     shape, num_classes = tuple(about["data"]["shape"]), len(about["data"]["counts"])
     modules, kind = build_modules(settings, shape, num_classes), "net" if raw_weights else "ema"
-    load_weights(run, {kind: modules[kind]})
+    if isinstance(settings, config.AnalyticConfig):  # its weights are the training images
+        modules[kind] = analytic.of_run(load("sample", settings), settings)
+    else:
+        load_weights(run, {kind: modules[kind]})
     samples, labels = draw_samples(modules[kind], settings, shape, num_classes, seed=seed)
     write_samples(out, samples, labels)
     plots.tiles(out / "samples.png", samples[some_of_each(labels)])
