@@ -31,13 +31,17 @@ class IdealDenoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         scale, std = self.diffusion.coefficients(t, x_t)
+        x0 = self.denoised(x_t, scale, std, torch.full_like(t, -1) if y is None else y)
+        return (x_t - scale.view(-1, 1, 1, 1) * x0) / std.view(-1, 1, 1, 1)
+
+    def denoised(self, x_t: Tensor, scale: Tensor, std: Tensor, y: Tensor) -> Tensor:
+        """E[x_0 | x_t, y] (B, C, H, W) for x_t = scale x_0 + std noise, scale and std (B,)."""
         x0 = torch.empty_like(x_t)
-        y = torch.full_like(t, -1) if y is None else y
         for label in y.unique().tolist():
             rows = y == label
             clean, log_prior = self.images_of(label)
             x0[rows] = ltkernels.posterior_mean(x_t[rows], clean, scale[rows], std[rows], log_prior=log_prior)
-        return (x_t - scale.view(-1, 1, 1, 1) * x0) / std.view(-1, 1, 1, 1)
+        return x0
 
     def images_of(self, label: int) -> tuple[Tensor, Tensor | None]:
         """Images (K, C, H, W) that count, and the logarithms of how much (K,), None where all count alike."""
