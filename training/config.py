@@ -257,7 +257,7 @@ class CLUDIConfig(RunConfig):
 
 @dataclass(frozen=True)
 class ImageConfig(RunConfig):
-    """Image diffusion on a long tail: what DDPM, CBDM, T2H and DiffROP share (001, section 4; the code bases OC_LT and CBDM).
+    """Image diffusion on a long tail: what DDPM, CBDM, T2H, DiffROP and CORAL share (001, section 4; the code bases OC_LT and CBDM).
 
     The defaults train well on digits within minutes; the presets hold the rows of the paper's tables. D1 to D13 are the points where
     paper and code disagree, see training/README.md.
