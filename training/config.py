@@ -564,7 +564,7 @@ class DiffRCConfig(RunConfig):
     sample_batch: int = ours(500, ge=1)  # images sampled at a time, from one stream of noise
 
     # Stage 5, the classifier.
-    recipe: Literal["auto", "digits", "cifar", "imagenet-lt", "imagenet-lt-200"] = ours("auto")  # auto: by the images' size
+    recipe: Literal["auto", "digits", "cifar", "imagenet-lt", "imagenet-lt-200"] = ours("auto")  # auto: by the data set
     classifier_steps: int | None = ours(None, ge=1)  # default: the recipe's
     classifier_loss: Literal["softmax", "balanced"] = paper("softmax")
 
@@ -713,12 +713,13 @@ DIFFRC_GPU = {  # what we would spend on the tables of 003, which names no budge
     "batch_size": 128, "lr": 2e-4, "warmup": 5000, "ema_decay": 0.9999, "dropout": 0.1, "source_steps": 200_000, "target_steps": 50_000,
     "encoder_steps": 50_000, "encoder_lr": 3e-4, "encoder_dim": 128, "proto_momentum": 0.999, "sample_steps": 250, "checkpoint_every": 5000,
 }  # fmt: skip
+SILENT_003 = [item.name for item in dataclasses.fields(DiffRCConfig) if item.name in DIFFRC_GPU and "paper" not in item.metadata]
 DIFFRC_PRESETS = {
     "default": DiffRCConfig(),
     "short": DiffRCConfig(
         source_steps=300, target_steps=150, encoder_steps=200, warmup=30, ema_decay=0.97, sample_steps=20, classifier_steps=60
     ),
-    "diffrc-paper": as_in("paper", DiffRCConfig),
+    "diffrc-paper": dataclasses.replace(as_in("paper", DiffRCConfig), **{name: DIFFRC_GPU[name] for name in SILENT_003}),
     **{
         f"table1-{name}-{ratio}": DiffRCConfig(dataset=f"{name}-lt", imbalance_ratio=float(ratio), **DIFFRC_GPU)
         for name in ("cifar10", "cifar100") for ratio in (100, 50, 10)

@@ -73,4 +73,6 @@ def read_statistics(path: Path) -> Moments:
         raise ValueError(f"evaluate: {path}: expected finite mu and sigma; got NaN or inf")
     if not torch.allclose(cov, cov.T, rtol=1e-5, atol=1e-8):
         raise ValueError(f"evaluate: {path}: expected a symmetric sigma; it differs from its transpose by {(cov - cov.T).abs().max():g}")
+    if len(mean) == 0 or (least := torch.linalg.eigvalsh(cov)[0].item()) < -1e-6 * max(1.0, cov.diagonal().max().item()):
+        raise ValueError(f"evaluate: {path}: expected a covariance sigma; got {f'the eigenvalue {least:g}' if len(mean) else 'F = 0'}")
     return Moments(mean, cov, None)

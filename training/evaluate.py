@@ -391,7 +391,7 @@ def evaluate_dump(samples: Path, labels: Path | None, settings: ImageConfig, out
         statistics=moments, cache=Path(settings.cache), progress=settings.progress,
     )  # fmt: skip
     if statistics is not None:
-        figures["remarks"]["fid"] = f"against the statistics of {statistics}"
+        figures["remarks"]["fid"] = "; ".join([f"against the statistics of {statistics}", *filter(None, [figures["remarks"].get("fid")])])
     draw(out, images, classes, dataset, figures)
     report = {"samples": str(samples), "dataset": dataset.name, "counts": list(dataset.counts), "preprocessing": done, **figures}
     checkpoint.write_json(out / "metrics.json", report)

@@ -63,6 +63,7 @@ CITATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
         "year": "2026",
     }),
 }  # fmt: skip
+CITATIONS["analytic"] = CITATIONS["t2h"]  # whose Eq. 5 and 6 the ideal denoiser is
 
 
 def cite(arguments: Sequence[str]) -> int:

@@ -34,7 +34,7 @@ from .loop import generator, read_log, train
 from .methods.ddpm import Denoise
 from .methods.diffrc import LEAST, Adapt, DiffRC, Prototypes, Prototypical
 from .networks import NoisyEncoder, build_denoiser
-from .recognition import RECIPES, Recipe, predict, recognition_scores, to_unit, train_classifier
+from .recognition import RECIPES, Recipe, predict, recipe_of, recognition_scores, to_unit, train_classifier
 from .run_images import write_samples
 from .runfolder import check_device, finish, load_rows, open_folder
 
@@ -95,7 +95,7 @@ def chosen(text: str | None) -> tuple[str, ...]:
         return STAGES
     ends = [part.partition("-") for part in text.split(",")]
     ends = [(first.strip(), (last if dash else first).strip()) for first, dash, last in ends]
-    if not all(end.isdecimal() and 1 <= int(end) <= len(STAGES) for pair in ends for end in pair):
+    if not all(end.isdecimal() and 1 <= int(end) <= len(STAGES) for pair in ends for end in pair) or any(int(a) > int(b) for a, b in ends):
         raise ValueError(f"diffrc: --stages must be numbers of 1 to {len(STAGES)}, as in 4 or 4,5 or 1-3; got {text!r}")
     numbers = {number for first, last in ends for number in range(int(first), int(last) + 1)}
     return tuple(stage for number, stage in enumerate(STAGES, 1) if number in numbers)
@@ -348,6 +348,8 @@ class Pipeline:
             labels.append(part["labels"][part["keep"]])
             missing -= torch.bincount(labels[-1], minlength=len(missing))
             drawn, number = drawn + len(part["keep"]), number + 1
+        if short := [label for label in range(len(missing)) if missing[label] > 0]:
+            print(f"samples: {drawn} drawn; of classes {listed(short)} {int(missing.sum())} images are missing", flush=True)
         shape = self.dataset.images.shape[1:]
         images = torch.cat([torch.zeros(0, *shape, dtype=torch.uint8), *images])
         write_samples(self.folder, images, torch.cat([torch.zeros(0, dtype=torch.int64), *labels]))
@@ -369,7 +371,11 @@ class Pipeline:
         """Images (N, C, H, W) uint8 with labels (N,), and which to keep, (N,) bool, no more of a class than are missing (C,). trace
         (steps, 3): the time, and the mean norm of the shift and of the noise, of every reverse step."""
         settings, device, trace = self.settings, self.settings.device, []
-        labels = torch.arange(len(missing)).repeat_interleave(missing)[: settings.sample_batch].to(device)
+        labels = torch.arange(len(missing)).repeat_interleave(missing)
+        if settings.filter_conf > 0:  # by turns, or a class that the filter never lets pass would take all that may be drawn
+            turn = torch.cat([torch.arange(count) for count in missing.tolist()])
+            labels = labels[turn.argsort(stable=True)]
+        labels = labels[: settings.sample_batch].to(device)
         if self.by_classifier:
             labels = labels.new_full((min(settings.sample_batch, int(2 * missing.sum())),), -1)
         rng = generator(settings.seed, "samples", number, device=device)
@@ -404,10 +410,9 @@ class Pipeline:
     # ---- stage 5: classifiers
 
     def recipe(self, loss: str) -> Recipe:
-        size, name = max(self.dataset.images.shape[2:]), self.settings.recipe
-        name = name if name != "auto" else "digits" if size <= 16 else "cifar" if size <= 64 else "imagenet-lt"
-        steps = self.settings.classifier_steps
-        return dataclasses.replace(RECIPES[name], loss=loss, **({} if steps is None else {"steps": steps, "epochs": None}))
+        name, steps = self.settings.recipe, self.settings.classifier_steps
+        recipe = recipe_of(self.settings.dataset) if name == "auto" else RECIPES[name]
+        return dataclasses.replace(recipe, loss=loss, **({} if steps is None else {"steps": steps, "epochs": None}))
 
     def classify(self, stage: str, images: Tensor, labels: Tensor, loss: str) -> nn.Module:
         return train_classifier(

@@ -79,6 +79,8 @@ def open_folder(method: str, settings: RunConfig, preset: RunConfig, dataset: da
         config.read(stored, type(settings))  # another program's config.json is refused
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.json", "card.md") if changed else ():  # they speak of the settings before
+        (folder / name).unlink(missing_ok=True)
     if not settings.resume or changed:
         versions = {"torch": torch.__version__, "numpy": np.__version__, "ltkernels": getattr(ltkernels, "__version__", "?")}
         shape = {"shape": list(dataset.data.shape[1:]), "counts": list(dataset.counts)}

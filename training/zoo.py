@@ -51,4 +51,4 @@ def check(call: Sequence[str]) -> None:
 def told(method: str, folder: Path) -> str:
     report = json.loads((folder / "metrics.json").read_text())
     figures = [f"{name} {report[name]:.3g}" for name in FIGURES if isinstance(report.get(name), float)]
-    return f"{method:<8}{', '.join(figures)}; {'; '.join(card.facts(report))}; {report['seconds']:.0f} s; {folder / 'card.md'}"
+    return f"{method:<9}{', '.join(figures)}; {'; '.join(card.facts(report))}; {report['seconds']:.0f} s; {folder / 'card.md'}"

@@ -43,7 +43,7 @@ def test_a_page_says_what_there_is_to_know(method, tmp_path):
     assert len(lines) <= 30 and lines[0] == f"# {method.upper()} on {PRESETS[method]['short'].dataset}, seed 3"
     settings = next(line for line in lines if line.startswith("**Not the default:**"))
     assert "batch_size 32 (user)" in settings and "seed 3 (user)" in settings and "lr" not in re.findall(r"\w+", settings)
-    own = {"dgd": "joint_epochs 6", "cludi": "steps 60", "diffrc": "source_steps 300"}.get(method, "steps 800")
+    own = {"dgd": "joint_epochs 6", "cludi": "steps 60", "diffrc": "source_steps 300", "analytic": "samples 200"}.get(method, "steps 800")
     assert f"{own} (ours)" in settings, "of the preset"
     heads, values = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[7], lines[9]))
     figures = {name: value for name, value in report.items() if name in card.FIGURES and value is not None}

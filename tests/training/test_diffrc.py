@@ -385,6 +385,7 @@ def test_preset_of_the_paper_is_the_paper():
     assert {name: getattr(paper, name) for name in stated} == stated
     fields = {item.name: item.metadata for item in dataclasses.fields(DiffRCConfig)}
     assert {fields[name]["paper"] for name in ("s", "tau", "lam")} == {0.2, 0.07, 0.5}
+    assert (paper.source_steps, paper.lr, paper.ema_decay) == (200_000, 2e-4, 0.9999)  # of which it says nothing: not the digits' minutes
     assert DIFFRC_PRESETS["table1-cifar100-50"].imbalance_ratio == 50 and DIFFRC_PRESETS["table2-imagenet"].split_rule == "count"
 
 
@@ -392,6 +393,7 @@ def test_preset_of_the_paper_is_the_paper():
     "options, expected",
     [
         ("--stages 6", "--stages must be numbers of 1 to 5, as in 4 or 4,5 or 1-3; got '6'"),
+        ("--stages 3-1", "--stages must be numbers of 1 to 5, as in 4 or 4,5 or 1-3; got '3-1'"),
         ("--stages 4", "--stages 4 needs stage 2 (target); "),
         ("--group-size 2", "group_size must be >= 3, or lam 0: L_pair compares an image with two others; got 2"),
         ("--s 0 --label-by guidance", "label_by guidance needs s > 0"),
@@ -442,6 +444,66 @@ def undrawn(whole, monkeypatch):
     """Pictures are most of what so short a run costs; that of `whole` has them."""
     monkeypatch.setattr(run_diffrc.Pipeline, "draw", lambda self, report: None)
     return whole
+
+
+def test_what_every_stage_is_given(whole, tmp_path, monkeypatch):
+    """The target starts from the source's weights and sees no head class; the encoder sees noise; images are led to the labels that they
+    are written with; the classifier gets real and generated images, each with its own label."""
+    seen, train, classify, part = {}, run_diffrc.train, run_diffrc.train_classifier, run_diffrc.Pipeline.part
+
+    def noted(stage, *given, **options):
+        if stage.name == "target":
+            weights = [module.state_dict() for module in (stage.modules["net"], stage.modules["ema"].net, stage.source)]
+            seen["target"] = [{name: value.clone() for name, value in one.items()} for one in weights], stage.y.clone()
+        if stage.name == "encoder":
+            stage.modules["encoder"].register_forward_pre_hook(lambda module, given: seen.setdefault("encoder", []).append(given))
+        train(stage, *given, **options)
+
+    def told(images, labels, *given, **options):
+        seen[options["stage"]] = images, labels
+        return classify(images, labels, *given, **options)
+
+    def led(self, number, missing):
+        shift, goals = self.method.shift, []
+        object.__setattr__(self.method, "shift", lambda *given: goals.append(given[-1]) or shift(*given))
+        out = part(self, number, missing)
+        object.__delattr__(self.method, "shift")
+        seen.setdefault("led", []).append((goals, out["labels"]))
+        return out
+
+    monkeypatch.setattr(run_diffrc, "train", noted)
+    monkeypatch.setattr(run_diffrc, "train_classifier", told)
+    monkeypatch.setattr(run_diffrc.Pipeline, "part", led)
+    monkeypatch.setattr(run_diffrc.Pipeline, "draw", lambda self, report: None)
+    out = tmp_path / "run"
+    assert run(out) == 0
+    same_bits(whole, out)
+
+    (path,) = out.glob("weights/source-*.safetensors")
+    source = {name.removeprefix("ema.net."): value for name, value in load_file(path).items() if name.startswith("ema.net.")}
+    weights, labels = seen["target"]
+    for one in weights:
+        assert all(torch.equal(one[name], value) for name, value in source.items()) and len(source) > 4
+    head = json.loads((out / "metrics.json").read_text())["head"]
+    assert not torch.isin(labels, torch.tensor(head)).any() and len(labels) > 0
+    assert len(seen["encoder"]) > 3 and all((x.abs() > 1.5).any() for x, t in seen["encoder"])  # images are in [-1, 1]
+    for goals, labels in seen["led"]:
+        assert len(goals) > 2 and all(torch.equal(goal, labels) for goal in goals)
+    assert len(seen["led"][0][1].unique()) > 1
+    images, labels = seen["classifier"]
+    real, real_labels = seen["softmax"]
+    made, made_labels = (torch.from_numpy(np.load(out / f"{name}.npy")) for name in ("samples", "sample_labels"))
+    assert torch.equal(images, torch.cat([real, made.float() / 127.5 - 1])) and torch.equal(labels, torch.cat([real_labels, made_labels]))
+
+
+def test_a_class_that_the_filter_refuses_does_not_take_the_others_images(tmp_path, monkeypatch):
+    own = pipeline(tmp_path, filter_conf=0.5, sample_batch=50, fill="fixed", fill_count=20)
+    turn = torch.arange(50) % 7
+    own.sampler = {"ema": None, "balanced": lambda images: 50.0 * F.one_hot(turn + 3, 10) * (turn > 0)[:, None]}
+    monkeypatch.setattr(run_diffrc, "sample", lambda diffusion, net, x, *given, **options: x)
+    out = own.part(0, own.wanted)
+    assert torch.equal(out["labels"], turn + 3)  # in turn, and not the twenty of class 3 first
+    assert torch.equal(out["keep"], out["labels"] != 3)
 
 
 def test_a_run_leaves_its_files(whole):

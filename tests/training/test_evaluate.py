@@ -391,7 +391,7 @@ def test_what_sample_writes_can_be_evaluated(run):
 
 def test_the_command_refuses(run, tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 2
-    assert "expected a run of ddpm, cbdm, t2h, diffrop, ccua that has drawn samples; there is no" in capsys.readouterr().err
+    assert "expected a run of ddpm, cbdm, t2h, diffrop, ccua, analytic that has drawn samples; there is no" in capsys.readouterr().err
     for name in ("config.json", "samples.npy", "sample_labels.npy"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     (tmp_path / "samples.npy").write_bytes((run / "samples.npy").read_bytes()[:200])
@@ -453,6 +453,7 @@ def test_a_dump_without_labels_and_other_statistics(run, tmp_path, capsys):
     crooked[0, 1] = 0.5
     for sigma, words_of in (
         (np.full((64, 64), np.nan), "finite mu and sigma"), (crooked, "symmetric sigma"), (np.eye(64) * 1j, "an .npz with mu and sigma"),
+        (-np.eye(64), "a covariance sigma; got the eigenvalue -1"),
     ):  # fmt: skip
         np.savez(tmp_path / "stats.npz", mu=mean, sigma=sigma)
         assert main([*words, "--statistics", str(tmp_path / "stats.npz")]) == 2 and words_of in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_every_method_is_run_once_and_told(runs, tmp_path, capsys):
         assert settings.dataset == ("digits-train-lt" if method == "diffrc" else "digits-lt")
     lines = capsys.readouterr().out.splitlines()[-len(PRESETS) :]
     assert [line.split()[0] for line in lines] == list(PRESETS)
-    assert lines[0] == "dgd     acc 0.75; n = 200; 2 s; runs/zoo/dgd/card.md" and "fid 12.5; n = 200; omega = 0.5" in lines[2]
+    assert lines[0] == "dgd      acc 0.75; n = 200; 2 s; runs/zoo/dgd/card.md" and "fid 12.5; n = 200; omega = 0.5" in lines[2]
 
     assert main(["zoo", "--preset", "short", "--seed", "4"]) == 0 and len(runs.made) == len(PRESETS), "what is finished was run again"
     assert capsys.readouterr().out.splitlines()[-len(PRESETS) :] == lines
