@@ -242,7 +242,7 @@ WRONG = {
     "ddpm --sampler ddpm --ddim-quirk": "config: ddim_quirk is about the sampler ddim; got ddpm",
     "cbdm --no-conditional": "config: CBDM compares labels, so it needs conditional; got --no-conditional",
     "t2h --reference bank --augment ada": "config: reference bank holds images as they are, so it needs augment none; got ada",
-    "t2h --finetune nowhere": "weights: expected the run of ddpm, cbdm, t2h, diffrop, ccua, analytic with a checkpoint; there is none in nowhere",
+    "t2h --finetune nowhere": "weights: expected the run of ddpm, cbdm, t2h, diffrop, ccua, analytic with a checkpoint; there is none",
     "t2h --preset table8-cond": "t2h: this preset goes on from the weights of a plain run (001, Table 8); give --finetune and its folder",
     "t2h --preset table8-uncond": "t2h: this preset goes on from the weights of a plain run (001, Table 8); give --finetune and its folder",
     "ddpm --dataset digits --imbalance-ratio 5": "dataset digits: --imbalance-ratio is of the long tails that are made here: of names",
