@@ -56,8 +56,9 @@ def figures(
     test, full = find_sets(settings)
     recipe = dataclasses.replace(recipe_of(settings.dataset), loss=loss)
     models = Rows("figures gda", METHODS, {}, settings, preset, folder / "runs" if runs is None else runs)
+    said = [f"--loss {loss}"] * (loss != "softmax") + [f"--runs {runs}"] * (runs is not None) + ["--fill"] * fill
     summary = {
-        "command": "python -m training figures gda", "seeds": list(seeds), "settings": config.identity(settings),
+        "command": " ".join(["python -m training figures gda", *said]), "seeds": list(seeds), "settings": config.identity(settings),
         "recipe": dataclasses.asdict(recipe), "fill": fill, "test": f"{test.name}, n = {len(test)}", "counts": None, "images": {},
         "table": {}, "per_class": {}, "agreement": {},
     }  # fmt: skip
