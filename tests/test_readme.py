@@ -13,48 +13,92 @@ import training.__main__
 from training.methods import DiffROP
 
 ROOT = Path(__file__).parents[1]
-PAGES = [str(page.relative_to(ROOT)) for page in sorted(ROOT.rglob("README.md")) if not {"build", "runs"} & set(page.parts)]
+PAGES = [page for page in sorted(str(page.relative_to(ROOT)) for page in ROOT.rglob("README.md")) if not re.search("^(build|runs)/", page)]
+TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
+BLOCKS = [(page, block) for page, text in TEXTS.items() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+
+LOOPS = [block for page, block in BLOCKS if page == "README.md" and "optimizer.step()" in block]
+OTHERS = [(page, block) for page, block in BLOCKS if block not in LOOPS]
+
+NOISE = "(x_t - scale.view(-1, 1, 1, 1) * x0) / std.view(-1, 1, 1, 1)"
+DDPM, DIFFUSERS, EDM, FLOW = range(4)
+# block, what is put in for what in it, and how far its network is from the answer of x0 itself, in the loop's notation or by diffusers
+CASES = {
+    "ddpm": (DDPM, None, f"eps - {NOISE}"),
+    "diffusers-v": (DIFFUSERS, None, f"output - scheduler.get_velocity(x0, {NOISE}, t)"),
+    "diffusers-epsilon": (DIFFUSERS, ('prediction_type="v_prediction"', 'prediction_type="epsilon"'), f"output - {NOISE}"),
+    "edm": (EDM, None, "(denoised - x0) / c_out"),
+    "flow": (FLOW, ("torch.rand(32)", "torch.linspace(0, 0.99, 32)"), "velocity - (x_t - x0) / t.view(-1, 1, 1, 1)"),  # t = 1 included
+}
 
 
-def blocks(language):
-    return [
-        (page, block) for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    ]  # fmt: skip
+def commands(text):
+    """Arguments of `python -m training` or `ltkernels`, behind whatever they are behind, in shell blocks and within sentences."""
+    shell = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
+    inline = re.findall(r"(?<!`)`((?:python -m training|ltkernels) [^`<|]+)`", text)
+    for line in "\n".join(shell + inline).replace("\\\n", " ").splitlines():
+        for part in re.split(r"&&|\|\|?|;", line.split(" #")[0]):
+            if found := re.search(r"(?:^|\s)(?:-m training|ltkernels)\s+(\S.*)", part):
+                yield found[1].strip()
 
 
-LOOPS = [block for page, block in blocks("python") if page == "README.md" and "optimizer.step()" in block]
-OTHERS = [(page, block) for page, block in blocks("python") if block not in LOOPS]
-COMMANDS = [
-    line.split("#")[0].strip() for _, block in [*blocks("sh"), *blocks("bash")] for line in block.splitlines()
-    if re.match(r"(python -m training|ltkernels) ", line)
-]  # fmt: skip
+COMMANDS = sorted({command for text in TEXTS.values() for command in commands(text)})
 
 
-def run(block, **names):
+def run(block, names, **given):
     """A checkout has the package ltkernels.training as training."""
+    names.update(given)
     exec(compile(block.replace("ltkernels.training", "training"), "README.md", "exec"), names)
 
 
 @pytest.mark.parametrize("page, block", OTHERS, ids=[page for page, _ in OTHERS])
 def test_code_block_runs(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(block)
+    run(block, {})
 
 
-@pytest.mark.parametrize("block", LOOPS, ids=["ddpm", "diffusers", "edm", "flow"])
-def test_a_foreign_loop_learns(block, tmp_path, monkeypatch):
-    """50 steps, after which the network answers T2H's targets by a fifth better than at first; DiffROP's term is there all along."""
-    assert len(block.strip().splitlines()) <= 25 and "t2h.target(" in block and "diffrop.loss(" in block
-    monkeypatch.chdir(tmp_path)
-    terms, losses, real = [], [], DiffROP.loss
+def learns(block, error, monkeypatch):
+    """Over 50 steps, the loss without DiffROP's term, which is there all along, falls by a fifth, and so does the distance to the answers
+    of the images themselves, which does not where another target is learnt."""
+    terms, losses, apart, real, names = [], [], [], DiffROP.loss, {}
     monkeypatch.setattr(DiffROP, "loss", lambda *args: terms.append(real(*args)) or terms[-1])
-    block = block.replace("optimizer.step()", "optimizer.step(), seen(loss)")
+
+    def seen(loss):
+        losses.append((loss - terms[-1]).item())
+        apart.append(eval(error, names).square().mean().item())
+
     torch.manual_seed(0)
-    run(block, seen=lambda loss: losses.append(loss.item()))
-    errors = torch.tensor(losses) - torch.stack(terms).detach()
+    run(block.replace("optimizer.step()", "optimizer.step(), seen(loss)"), names, seen=seen)
     assert len(losses) == len(terms) == 50
     assert min(term.item() for term in terms) > 0
-    assert errors[-10:].mean() < 0.8 * errors[:10].mean()
+    for name, values in (("loss", losses), ("distance", apart)):
+        first, last = sum(values[:10]) / 10, sum(values[-10:]) / 10
+        assert last < 0.8 * first, f"{name}: expected less than 0.8 of the first steps' {first}; got {last}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_foreign_loop_learns(case, tmp_path, monkeypatch):
+    number, change, error = CASES[case]
+    block = LOOPS[number]
+    assert len(LOOPS) == 4 and len(block.strip().splitlines()) <= 25 and "t2h.target(" in block and "diffrop.rows(" in block
+    assert change is None or block.count(change[0]) == 1
+    monkeypatch.chdir(tmp_path)
+    learns(block.replace(*change) if change else block, error, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "right, wrong", [('prediction="epsilon"', 'prediction="x0"'), ("t2h.target(x_t, x0,", "t2h.target(x_t, 0 * x0,")]
+)
+def test_a_loop_with_a_wrong_line_is_found(right, wrong, monkeypatch):
+    assert right in LOOPS[DDPM]
+    with pytest.raises(AssertionError, match="0.8"):
+        learns(LOOPS[DDPM].replace(right, wrong), CASES["ddpm"][2], monkeypatch)
+
+
+def test_a_block_that_does_not_run_is_found(tmp_path, monkeypatch):
+    for wrong in ("from ltkernels.training.methods import T3H", "import torch\ntorch.zeros(2) + undefined", "x = = 1"):
+        with pytest.raises((ImportError, NameError, SyntaxError)):
+            test_code_block_runs("README.md", wrong, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -83,10 +127,9 @@ class Parsed(Exception):
     pass
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_commands_have_the_options_they_are_shown_with(line, tmp_path, monkeypatch, capsys):
-    words = shlex.split(line)
-    words = words[1:] if words[0] == "ltkernels" else words[3:]
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_the_options_they_are_shown_with(command, tmp_path, monkeypatch, capsys):
+    words = shlex.split(command)
     monkeypatch.chdir(tmp_path)
     real = argparse.ArgumentParser.parse_args
 
@@ -105,6 +148,10 @@ def test_commands_have_the_options_they_are_shown_with(line, tmp_path, monkeypat
 
 
 def test_a_command_with_an_unknown_option_is_found(tmp_path, monkeypatch, capsys):
-    for wrong in ("ddpm --stepz 3", "evaluate --sampels x.npy", "t2h --preset tabel1-j", "figures t2h --parts tabel"):
+    page = "```sh\npip install . && python -m training ddpm --stepz 3\nA=1 torchrun -m training t2h \\\n  --preset tabel1-j  # why\n```\n"
+    page += "`ltkernels evaluate --sampels x.npy` and `python -m training figures t2h --parts tabel`, not `python -m training <command>`"
+    found = list(commands(page))
+    assert found == ["ddpm --stepz 3", "t2h    --preset tabel1-j", "evaluate --sampels x.npy", "figures t2h --parts tabel"]
+    for wrong in found:
         with pytest.raises((SystemExit, AssertionError)):
-            test_commands_have_the_options_they_are_shown_with(f"ltkernels {wrong}", tmp_path, monkeypatch, capsys)
+            test_commands_have_the_options_they_are_shown_with(wrong, tmp_path, monkeypatch, capsys)

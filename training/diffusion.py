@@ -131,16 +131,6 @@ class Diffusion(Schedule):
         object.__setattr__(self, "alpha_bar", alpha_bar)
 
 
-class GivenBetas(Schedule):
-    """The same of somebody's own betas (T,), of the times 1..T."""
-
-    def __init__(self, betas: Tensor):
-        if betas.dim() != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(f"GivenBetas: expected betas (T,) between 0 and 1; got shape {tuple(betas.shape)}")
-        self.steps = len(betas)
-        self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas.detach().cpu().double(), 0)])
-
-
 @dataclass(frozen=True, eq=False)
 class SqrtDiffusion(Schedule):
     """abar_t = 1 - sqrt(t / T + 1e-4) (Li et al., 2022; Eq. 12 of 004), which is -5e-5 at t = T.

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from training import config, data, loop, run_images
-from training.methods import CCUA
-from training.methods.diffrop import denoised
+from training.methods import CCUA, DiffROP
 
 
 def images(count=6, seed=0):
@@ -58,7 +57,7 @@ def test_the_terms_of_a_step_are_those_of_its_outputs(prediction):
     rng = lambda: loop.generator(0, 0, "denoise", 0)  # noqa: E731
     batch, (loss, figures) = stage.draw(0, rng()), stage.loss(0, rng())
     output, unlabelled = (stage.net(batch.x_t, batch.t, label, None) for label in (batch.label, torch.full_like(batch.label, -1)))
-    image = denoised(stage.diffusion, batch.x_t, unlabelled, batch.t, prediction, "x0")
+    image = DiffROP(space="x0").rows(batch.x_t, unlabelled, batch.scale, batch.std, prediction)
     torch.testing.assert_close(figures["loss_ucl"], CCUA(alpha=0.5).contrast(image, batch.t))
     torch.testing.assert_close(figures["loss_al"], CCUA(gamma=2.0).align(output, unlabelled, batch.t))
     torch.testing.assert_close(loss, figures["loss_mse"] + figures["loss_ucl"] + figures["loss_al"])

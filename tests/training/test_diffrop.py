@@ -14,10 +14,10 @@ from training import config, data, loop, run_images, toy
 from training.__main__ import main
 from training.augment import diff_augment
 from training.config import DiffROPConfig
-from training.diffusion import Diffusion, GivenBetas
+from training.diffusion import Diffusion
 from training.methods import DiffROP
 from training.methods.ddpm import class_weights
-from training.methods.diffrop import Separate, SeparateBalanced, denoised, pairs
+from training.methods.diffrop import Separate, SeparateBalanced, pairs
 
 D = Diffusion()
 FORMS = {"exponential": {}, "reciprocal": {}, "hinge": {"margin": 2.0}, "negative_l2": {}}
@@ -29,6 +29,10 @@ def rows(count=12, dim=6, classes=3, times=(1, 40, 700), seed=0, dtype=torch.flo
     mu = torch.randn(count, 1, 2, dim // 2, generator=rng, dtype=dtype)
     y, t = torch.randint(classes, (count,), generator=rng), torch.tensor(times)[torch.randint(len(times), (count,), generator=rng)]
     return mu.requires_grad_(), y, t
+
+
+def denoised(schedule, x_t, output, t, prediction="epsilon", space="mu"):
+    return DiffROP(space=space).rows(x_t, output, *schedule.coefficients(t, x_t), prediction, beta=schedule.betas[t])
 
 
 def naive(method, mu, y, t):
@@ -119,6 +123,30 @@ def test_the_three_spaces_of_every_prediction(prediction):
     torch.testing.assert_close(apart["mu"].square().sum(1), factor.square() * apart["x0"].square().sum(1), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "flow"])
+@pytest.mark.parametrize("space", ["x0", "eps"])
+def test_rows_of_any_process(prediction, space):
+    """Of a network that answers denoising_target, the image or the noise. EDM's scale is a number; at the end of a flow it is 0."""
+    x0, noise = torch.randn(2, 4, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t, sigma = torch.tensor([[0.01, 0.25, 0.75, 1.0], [0.01, 0.5, 3.0, 80.0]], dtype=torch.float64)
+    flow, edm, cosine = (1 - t, t), (1.0, sigma), ((1 - t**2).sqrt(), t)
+    for scale, std in (cosine,) if prediction == "v" else (flow, edm):
+        row = lambda value: torch.as_tensor(value, dtype=torch.float64).reshape(-1, 1, 1, 1)  # noqa: E731
+        x_t = row(scale) * x0 + row(std) * noise
+        output = ltkernels.denoising_target(x_t, x0, scale, std, prediction=prediction)
+        found, expected = DiffROP(space=space).rows(x_t, output, scale, std, prediction), x0 if space == "x0" else noise
+        known = 3 if prediction == "epsilon" and space == "x0" and scale is flow[0] else 4  # the last row of a flow is noise alone
+        torch.testing.assert_close(found[:known], expected[:known])
+
+
+def test_rows_say_what_is_missing():
+    x_t = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="DiffROP.rows: space mu .* needs its beta.*; got beta=None"):
+        DiffROP().rows(x_t, x_t, 1.0, 0.5)
+    with pytest.raises(ValueError, match="DiffROP.rows: prediction must be one of epsilon, v, x0, flow; got 'velocity'"):
+        DiffROP(space="x0").rows(x_t, x_t, 1.0, 0.5, "velocity")
+
+
 def test_weight_of_the_noise_in_mu():
     """Check 25 (R5)."""
     t = torch.tensor([1, 10, 100, 500, 1000])
@@ -191,17 +219,6 @@ def test_times_of_flow_matching():
     mu, y, t = rows()
     method = DiffROP(steps=1000)
     torch.testing.assert_close(dataclasses.replace(method, steps=1.0).loss(mu, y, t / 1000), method.loss(mu, y, t))
-
-
-def test_times_and_betas_of_somebody_else():
-    """Times from 0 are told apart from those from 1, and given betas are those of Diffusion where they are the same."""
-    x, output, t = torch.randn(2, 5, 1, 2, 2).unbind() + (torch.tensor([0, 1, 500, 998, 999]),)
-    schedule = GivenBetas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"DiffROP.rows: t must be in \[1, 1000\]; got 0 to 999; add 1 to times from 0 on"):
-        DiffROP().rows(schedule, x, output, t)
-    assert torch.equal(DiffROP().rows(schedule, x, output, t + 1), DiffROP().rows(D, x, output, t + 1))
-    with pytest.raises(ValueError, match="GivenBetas: expected betas"):
-        GivenBetas(torch.tensor([0.5, 1.0]))
 
 
 def test_arguments_that_belong_together():

@@ -16,7 +16,7 @@ import ltkernels
 
 from .. import ranks
 from .ddpm import Denoise
-from .diffrop import denoised
+from .diffrop import DiffROP
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,6 @@ class Align(Denoise):
         config = self.config
         method = CCUA(config.ccua_alpha, config.ccua_gamma, config.ccua_temperature, config.timesteps)
         unlabelled = self.predict(batch, torch.full_like(batch.label, -1))
-        images = denoised(self.diffusion, batch.x_t, unlabelled, batch.t, config.prediction, "x0")
+        images = DiffROP(space="x0").rows(batch.x_t, unlabelled, batch.scale, batch.std, config.prediction)
         contrast = method.contrast(images, batch.t, ranks.gathered(images), batch.offset)
         return {"loss_ucl": contrast, "loss_al": method.align(output, unlabelled, batch.t)}

@@ -16,10 +16,11 @@ from torch import Tensor
 import ltkernels
 
 from .. import ranks
-from ..diffusion import PREDICTIONS, Schedule, _column
+from ..diffusion import _column
 from .cbdm import Balance
 from .ddpm import Denoise
 
+_PREDICTIONS = ("epsilon", "v", "x0", "flow")
 _CHOICES = {
     "form": ("exponential", "reciprocal", "hinge", "negative_l2"), "tau_schedule": ("const", "exp", "linear"),
     "distance": ("mean", "sum", "kl"), "space": ("mu", "x0", "eps"), "stopgrad": ("none", "partner"), "reduction": ("mean", "sum"),
@@ -65,11 +66,32 @@ class DiffROP:
             return self.tau0 * torch.exp(-share / self.tau_temp)
         return self.tau0 * (1 - share if self.tau_schedule == "linear" else torch.ones_like(share))
 
-    def rows(self, schedule: Schedule, x_t: Tensor, output: Tensor, t: Tensor, prediction: str = "epsilon") -> Tensor:
-        """What `loss` is to be given, of a network's output for x_t (B, ...) at times t (B,) in 1..T: add 1 to those of 0..T - 1."""
-        if not torch.compiler.is_compiling() and not bool(((t >= 1) & (t <= schedule.steps)).all()):
-            raise ValueError(f"DiffROP.rows: t must be in [1, {schedule.steps}]; got {t.min()} to {t.max()}; add 1 to times from 0 on")
-        return denoised(schedule, x_t, output, t, prediction, self.space)
+    def rows(self, x_t: Tensor, output: Tensor, scale, std, prediction: str = "epsilon", *, beta=None) -> Tensor:
+        """What `loss` is to be given, of a network's output for x_t = scale x0 + std noise (B, ...), in its dtype: the predicted x0 or
+        noise, or, of space "mu", mu_theta = (x_t - beta / std eps) / sqrt(1 - beta), the mean of a step back of variance beta (Eq. 9, 10).
+
+        prediction: "epsilon", "v", "x0" or "flow", as in `ltkernels.denoising_target`. scale, std, beta: numbers or (B,); std > 0, and
+        scale > 0 where "epsilon" has to become x0. Example: `DiffROP(space="x0").rows(x_t, velocity, 1 - t, t, "flow")`.
+        """
+        if prediction not in _PREDICTIONS:
+            raise ValueError(f"DiffROP.rows: prediction must be one of {', '.join(_PREDICTIONS)}; got {prediction!r}")
+        if self.space == "mu" and beta is None:
+            raise ValueError("DiffROP.rows: space mu is the mean of a step back and needs its beta, x0 and eps do not; got beta=None")
+        number = {"dtype": x_t.dtype, "device": x_t.device}
+        scale, std = (_column(torch.as_tensor(value, **number), x_t) for value in (scale, std))
+        if self.space == "x0":
+            return {
+                "epsilon": lambda: (x_t - std * output) / scale, "v": lambda: scale * x_t - std * output, "x0": lambda: output,
+                "flow": lambda: (x_t - std * output) / (scale + std),
+            }[prediction]()  # fmt: skip
+        eps = {
+            "epsilon": lambda: output, "v": lambda: std * x_t + scale * output, "x0": lambda: (x_t - scale * output) / std,
+            "flow": lambda: (x_t + scale * output) / (scale + std),
+        }[prediction]()  # fmt: skip
+        if self.space == "eps":
+            return eps
+        beta = torch.as_tensor(beta, dtype=torch.float64, device=x_t.device)
+        return (x_t - _column(beta, x_t) / std * eps) * _column((1 - beta).rsqrt(), x_t)
 
     def loss(
         self, mu: Tensor, y: Tensor, t: Tensor, *, other: Tensor | None = None, other_y: Tensor | None = None, other_t: Tensor | None = None
@@ -112,22 +134,6 @@ def pairs(y: Tensor, t: Tensor) -> Tensor:
     return ((y[:, None] != y) & (group[:, None] == group)).sum()
 
 
-def denoised(schedule: Schedule, x_t: Tensor, output: Tensor, t: Tensor, prediction: str = "epsilon", space: str = "mu") -> Tensor:
-    """mu_theta = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t) (Eq. 9, 10), or the predicted x0 or eps, for x_t (B, ...) at times t
-    (B,) in 1..T each its own. output: what a network answered that predicts "epsilon", "v" or "x0"."""
-    for name, value, known in (("prediction", prediction, PREDICTIONS), ("space", space, _CHOICES["space"])):
-        if value not in known:
-            raise ValueError(f"denoised: {name} must be one of {', '.join(known)}; got {value!r}")
-    scale, std = (_column(c, x_t) for c in schedule.coefficients(t, x_t))
-    if space == "x0":
-        return output if prediction == "x0" else (x_t - std * output) / scale if prediction == "epsilon" else scale * x_t - std * output
-    eps = output if prediction == "epsilon" else (x_t - scale * output) / std if prediction == "x0" else std * x_t + scale * output
-    if space == "eps":
-        return eps
-    beta = schedule.betas.to(t.device)[t]
-    return (x_t - _column(beta, x_t) / std * eps) * _column((1 - beta).rsqrt(), x_t)
-
-
 def _group(y: Tensor, t: Tensor) -> Tensor:
     """Equal times as equal numbers; -1 for rows without a label, which have one label among themselves and so no pair at all."""
     return (t.double().view(torch.int64) if t.is_floating_point() else t).where(y >= 0, -1)
@@ -160,8 +166,12 @@ class Separate(Denoise):
         target, figures = super().target(batch)
         return target, {**figures, "pairs": self.pairs(batch)}
 
+    def rows(self, x_t, output, t):
+        beta = self.diffusion.betas.to(t.device)[t]
+        return self.pcl.rows(x_t, output, *self.diffusion.coefficients(t, x_t), self.config.prediction, beta=beta)
+
     def further_terms(self, batch, output):
-        mu = denoised(self.diffusion, batch.x_t, output, batch.t, self.config.prediction, self.pcl.space)
+        mu = self.rows(batch.x_t, output, batch.t)
         if self.config.pcl_t == "reforward":
             total = self.reforwarded(batch, mu)
         else:
@@ -179,7 +189,7 @@ class Separate(Denoise):
             t, eps = batch.t[i].expand_as(batch.whole_t), noise[batch.offset + i] if self.config.pcl_noise == "shared" else noise
             there = replace(batch, x_t=self.diffusion.add_noise(batch.whole_x0, eps, t), t=t, augment=batch.whole_augment)
             output = self.predict(there, batch.whole_label)
-            partners = denoised(self.diffusion, there.x_t, output, t, self.config.prediction, self.pcl.space)
+            partners = self.rows(there.x_t, output, t)
             row = slice(i, i + 1)
             total = total + self.pcl.loss(mu[row], batch.label[row], t[:1], other=partners, other_y=batch.whole_label, other_t=t)
         return total
