@@ -421,7 +421,8 @@ def test_memory_is_never_queries_times_points():
         assert peak < 128, f"{peak:.0f} MB beyond the inputs; a Q x N matrix of float32 would be 1024 MB"
 
 
-ISA_NEEDS = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+ISA_NEEDS = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": AVX512, "avx512vnni": {*AVX512, "avx512_vnni"}}
 X86_FLAGS = set(re.search(r"^flags\s*:(.*)$|\Z", Path("/proc/cpuinfo").read_text(), re.MULTILINE).group().split())
 
 

@@ -61,7 +61,8 @@ template <class T>
 struct Worker {
   AlignedFloats a, b, tile;                 // packed query block, packed bank block, their products
   std::vector<float> row_floor, col_floor;  // per row of the blocks: low + q'.c
-  std::vector<float> shifted, low;
+  std::vector<float> row_scale, col_scale;  // per row of the blocks: the unit of its integers
+  std::vector<float> shifted, words, low;
   std::vector<uint32_t> id;
   std::vector<double> f, weight, sum;
   std::vector<Wide<T>> query, buffer;

@@ -8,6 +8,8 @@
 //     multiply-add a dimension in register tiles. Writing u = 2^-24 and L for the longest chain of additions in q'.c,
 //         |n/2 - q'.c - g|  <=  (L + 12) u |q'||c| + 8u (|q'|^2 + n) + tau  <=  B (|q'|^2 + n) + tau,
 //         B = ((L + 12) / 2 + 8) u * 1.01,        tau = 2^-122 d  (underflow, also with denormals flushed),
+//     (rows as integers, see isa::Avx512Vnni: |x - x^| <= r |x| with r = sqrt(d) / 65534 + 3u, so that
+//     |x.y - x^.y^| <= |x - x^||y| + |x^||y - y^| <= (2 + r) r |x||y|; L u = (2 + r) r + 4u, tau = 2^-104 d)
 //     where L u |q'||c| is the sum of products, the rest the rounding of q', c, n, f and of the test itself, and
 //     |q'||c| <= (|q'|^2 + n) / 2 makes the bound a sum of a row term and a column term. So with
 //         low = n/2 - B n - tau - q'.c,        limit = (F - |q'|^2) / 2 + B |q'|^2 + tau,
@@ -70,7 +72,7 @@ class Search {
 
  public:
   explicit Search(const Problem<T>& problem)
-      : p_(problem), level_(isa::level()), ops_(isa::tile_ops(level_)), rank_(isa::row_ops<T>(level_)) {
+      : p_(problem), ops_(isa::tile_ops(isa::level())), rank_(isa::row_ops<T>(isa::level())) {
     const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
     workers_.resize(threads);
     zeros_.assign(p_.d, 0.f);
@@ -85,12 +87,17 @@ class Search {
     // In cycles a bank row, roughly: a dot product and a horizontal sum a query, against transposing the row into a panel
     // and multiplying it with whole tiles of queries.
     const int64_t dots = p_.q * (p_.d / ops_.width + 25);
-    const int64_t tiles = 3 * p_.d / 2 + divide_up(p_.q, ops_.rows) * ops_.rows * p_.d / (2 * ops_.width);
+    const int64_t tiles =
+        3 * p_.d / 2 + divide_up(p_.q, ops_.rows) * ops_.rows * p_.d / (2 * ops_.width * ops_.entries);
     thin_ = !symmetric_ && dots < tiles;  // never more than 48 queries: one block
-    const int64_t chain = thin_ ? p_.d / ops_.width + ops_.width + 4
-                                : std::min(p_.d, isa::kDepth) + divide_up(p_.d, isa::kDepth);
+    if (thin_) ops_ = isa::tile_ops(std::min(isa::level(), isa::Level::kAvx512));
+    words_ = divide_up(p_.d, ops_.entries);
+    const double rho = std::sqrt(double(p_.d)) / 65534 * (1 + 0x1p-18) + 3 * 0x1p-24;
+    const double chain = ops_.quantise ? (2 * rho + rho * rho) * 0x1p24 + 4
+                         : thin_       ? p_.d / ops_.width + ops_.width + 4
+                                       : std::min(p_.d, isa::kDepth) + divide_up(p_.d, isa::kDepth);
     slope_ = static_cast<float>((0.5 * (chain + 12) + 8) * 0x1p-24 * 1.01);
-    underflow_ = 0x1p-122f * p_.d;
+    underflow_ = (ops_.quantise ? 0x1p-104f : 0x1p-122f) * p_.d;
   }
 
   void run() {
@@ -150,7 +157,7 @@ class Search {
       for_each(row_blocks * splits, [&](Worker<T>& w, int64_t task) {
         const int64_t first = begin + task / splits * rows, split = task % splits;
         const Range query_rows{first, std::min(range.end, first + rows)};
-        if (!thin_) pack(w, query_rows, ops_.rows, ops_.pack_rows, w.a);
+        if (!thin_) pack(w, query_rows, ops_.rows, ops_.pack_rows, w.a, w.row_scale);
         for (int64_t b = split * bank_blocks / splits; b < (split + 1) * bank_blocks / splits; ++b) {
           sweep(w, queues[split], query_rows, block(b, p_.n));
         }
@@ -222,29 +229,38 @@ class Search {
 
   // ---- filter ------------------------------------------------------------------------------------------------------
 
-  // Packs rows into slices of kDepth dimensions, a slice into panels of `width` rows: what `multiply` reads in sequence
-  // lies in sequence. The query rows of a rectangular search are shifted on the way.
+  // Packs rows into slices of kDepth words, a slice into panels of `width` rows: what `multiply` reads in sequence
+  // lies in sequence. The query rows of a rectangular search are shifted on the way, and rows rounded to integers.
   template <class Pack>
-  void pack(Worker<T>& w, Range rows, int width, Pack pack_panel, AlignedFloats& out) {
+  void pack(Worker<T>& w, Range rows, int width, Pack pack_panel, AlignedFloats& out, std::vector<float>& scale) {
     const int64_t panels = divide_up(rows.size(), width);
     const bool queries = width == ops_.rows && !symmetric_;
-    out.resize(std::max<size_t>(out.size(), panels * width * p_.d));
+    out.resize(std::max<size_t>(out.size(), panels * width * words_));
     w.shifted.resize(std::max<size_t>(w.shifted.size(), width * p_.d));
+    w.words.resize(std::max<size_t>(w.words.size(), width * words_));
+    scale.assign(panels * width, 0.f);
     const float* sources[isa::kMaxTileCols];
     for (int64_t panel = 0; panel < panels; ++panel) {
       for (int r = 0; r < width; ++r) {
         const int64_t row = rows.begin + panel * width + r;
+        float sqnorm = 0;
         if (row >= rows.end) {
           sources[r] = zeros_.data();
         } else if (queries) {
           sources[r] = w.shifted.data() + r * p_.d;
-          shift(row, w.shifted.data() + r * p_.d);
+          sqnorm = shift(row, w.shifted.data() + r * p_.d);
         } else {
           sources[r] = centred_row(row);
+          sqnorm = p_.sqnorm[row];
+        }
+        if (ops_.quantise) {
+          float* words = w.words.data() + r * words_;
+          scale[panel * width + r] = ops_.quantise(sources[r], sqnorm <= kLargestNorm ? sqnorm : 0.f, p_.d, words);
+          sources[r] = words;
         }
       }
-      for (int64_t depth = 0; depth < p_.d; depth += isa::kDepth) {
-        const int64_t count = std::min(isa::kDepth, p_.d - depth);
+      for (int64_t depth = 0; depth < words_; depth += isa::kDepth) {
+        const int64_t count = std::min(isa::kDepth, words_ - depth);
         pack_panel(sources, depth, count, out.data() + (depth * panels + panel * count) * width);
       }
     }
@@ -258,16 +274,16 @@ class Search {
   // All pairs of the two blocks; in a symmetric search for the queues of both.
   void sweep(Worker<T>& w, Queues& queues, Range rows, Range cols) {
     if (symmetric_) {
-      pack(w, rows, ops_.rows, ops_.pack_rows, w.a);
+      pack(w, rows, ops_.rows, ops_.pack_rows, w.a, w.row_scale);
       floors(rows, w.row_floor);
     }
     if (thin_) shift_rows(w, rows);
     if (!symmetric_ || w.packed_bank != cols.begin) {
-      if (!thin_) pack(w, cols, ops_.cols, ops_.pack_cols, w.b);
+      if (!thin_) pack(w, cols, ops_.cols, ops_.pack_cols, w.b, w.col_scale);
       floors(cols, w.col_floor);
       w.packed_bank = cols.begin;
     }
-    const int64_t step = std::clamp<int64_t>(kSubBlockFloats / p_.d / ops_.rows, 4, 32) * ops_.rows;
+    const int64_t step = std::clamp<int64_t>(kSubBlockFloats / words_ / ops_.rows, 4, 32) * ops_.rows;
     w.tile.resize(step * ops_.cols);
     for (int64_t row = rows.begin; row < rows.end; row += step) {
       const Range sub{row, std::min(rows.end, row + step)};
@@ -290,8 +306,8 @@ class Search {
   void multiply(Worker<T>& w, Range rows, Range sub, Range cols, Range panel) {
     const int64_t padded_rows = divide_up(rows.size(), ops_.rows) * ops_.rows;
     const int64_t padded_cols = divide_up(cols.size(), ops_.cols) * ops_.cols;
-    for (int64_t depth = 0; depth < p_.d; depth += isa::kDepth) {
-      const int64_t count = std::min(isa::kDepth, p_.d - depth);
+    for (int64_t depth = 0; depth < words_; depth += isa::kDepth) {
+      const int64_t count = std::min(isa::kDepth, words_ - depth);
       const float* a = w.a.data() + depth * padded_rows;
       const float* b = w.b.data() + depth * padded_cols + (panel.begin - cols.begin) * count;
       for (int64_t i = sub.begin; i < sub.end; i += ops_.rows) {
@@ -313,8 +329,7 @@ class Search {
     }
   }
 
-  __attribute__((noinline)) void filter(Worker<T>& w, Queues& queues, Range row_block, Range rows, Range col_block, Range cols,
-              const float* tile) {
+  void filter(Worker<T>& w, Queues& queues, Range row_block, Range rows, Range col_block, Range cols, float* tile) {
     if (symmetric_ && cols.end <= rows.begin) return;
     float row_limit[isa::kMaxTileRows], col_limit[isa::kMaxTileCols];
     uint32_t row_mask[isa::kMaxTileRows], col_mask[isa::kMaxTileRows];
@@ -327,7 +342,9 @@ class Search {
       row_floor = w.row_floor.data() + (rows.begin - row_block.begin);
     }
     const float* col_floor = w.col_floor.data() + (cols.begin - col_block.begin);
-    ops_.filter(tile, row_limit, col_floor, row_floor, col_limit, symmetric_, row_mask, col_mask);
+    const isa::TileSide row_side{row_floor, row_limit, w.row_scale.data() + (rows.begin - row_block.begin)};
+    const isa::TileSide col_side{col_floor, col_limit, w.col_scale.data() + (cols.begin - col_block.begin)};
+    if (!ops_.filter(tile, row_side, col_side, symmetric_, row_mask, col_mask)) return;
     for (int64_t r = 0; r < rows.size(); ++r, tile += ops_.cols) {
       const int64_t row = rows.begin + r;
       if (symmetric_ && cols.begin <= row) {  // a tile on the diagonal: each pair once, and a row is its own column once
@@ -489,12 +506,11 @@ class Search {
   }
 
   const Problem<T>& p_;
-  const isa::Level level_;
-  const isa::TileOps ops_;
+  isa::TileOps ops_;
   const isa::RowOps<T> rank_;
   std::vector<Worker<T>> workers_;
   std::vector<float> zeros_;
-  int64_t block_ = 0, capacity_ = 0;
+  int64_t block_ = 0, capacity_ = 0, words_ = 0;  // words_: of a packed row
   bool symmetric_ = false, thin_ = false;
   float slope_ = 0, underflow_ = 0;  // B and tau
   std::atomic<bool> shortage_{false};
