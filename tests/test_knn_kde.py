@@ -62,8 +62,10 @@ def _itself(name):
         return clusters(60, 1, 0.1, 24, n, 1)[1]
     if name == "tight clusters far away":
         return clusters(7, 1e3, 1e-2, 24, n, 1)[1]
-    if name == "clusters of duplicates":
-        return torch.randn(50, 16, generator=g)[torch.randint(50, (n,), generator=g)]
+    if name == "clusters of duplicates":  # more of each than a queue holds
+        return torch.randn(12, 16, generator=g)[torch.randint(12, (n,), generator=g)]
+    if name == "cells side by side":
+        return torch.randn(n, 2, generator=g)
     points = torch.randn(n, 16, generator=g)
     if name == "far to near":
         return points[points.norm(dim=1).argsort(descending=True)].contiguous()
@@ -76,7 +78,7 @@ def _itself(name):
     return points
 
 
-SHAPES = ["near ties", "clusters", "tight clusters far away", "clusters of duplicates", "far to near"]
+SHAPES = ["near ties", "clusters", "tight clusters far away", "clusters of duplicates", "cells side by side", "far to near"]
 
 
 @pytest.mark.parametrize("name", [*SHAPES, "up to overflow", "down to denormals", "broken rows in clusters"])
