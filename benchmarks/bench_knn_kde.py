@@ -20,9 +20,13 @@ import torch
 import ltkernels
 
 K = 64
-SIZES = {  # queries (None: the bank itself, leave-one-out), points, dimensions
+SIZES = {  # queries (None: the bank itself, leave-one-out), points, dimensions, and a shape of SHAPES instead of a Gaussian one
     "self N=20000 d=512": (None, 20_000, 512),
     "self N=20000 d=64": (None, 20_000, 64),
+    "self N=20000 d=512 in 200 clusters": (None, 20_000, 512, "clusters"),
+    "self N=20000 d=512 far to near": (None, 20_000, 512, "far to near"),
+    "self N=20000 d=512 of 50 values": (None, 20_000, 512, "duplicates"),
+    "Q=4096 N=50000 d=128": (4_096, 50_000, 128),
     "Q=2000 N=50000 d=128": (2_000, 50_000, 128),
     "Q=1 N=50000 d=128": (1, 50_000, 128),
 }
@@ -34,10 +38,24 @@ GPU_SIZES = {
 }
 
 
+def clusters(points, generator):
+    """200 of them, of a tenth of their distance."""
+    centres = torch.randn(200, points.shape[1], generator=generator)
+    return centres[torch.randint(200, (len(points),), generator=generator)] + 0.1 * points
+
+
+SHAPES = {
+    "clusters": clusters,
+    "far to near": lambda points, _: points[points.norm(dim=1).argsort(descending=True)].contiguous(),
+    "duplicates": lambda points, generator: points[:50][torch.randint(50, (len(points),), generator=generator)].contiguous(),
+}
+
+
 class Problem:
-    def __init__(self, q, n, d, device="cpu"):
+    def __init__(self, q, n, d, shape=None, device="cpu"):
         generator = torch.Generator().manual_seed(0)
-        self.points = torch.randn(n, d, generator=generator).to(device)
+        points = torch.randn(n, d, generator=generator)
+        self.points = (SHAPES[shape](points, generator) if shape else points).to(device)
         self.bank = ltkernels.Bank(self.points)
         self.is_self = q is None
         self.queries = self.points if self.is_self else torch.randn(q, d, generator=generator).to(device)

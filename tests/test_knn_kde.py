@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import assert_density, assert_neighbours, bandwidth, gaussian, hard_cases
+from cases import assert_density, assert_neighbours, bandwidth, clusters, gaussian, hard_cases
 from sklearn.neighbors import KernelDensity
 
 import ltkernels
@@ -51,6 +51,52 @@ def test_self_index_minus_one_leaves_nothing_out(backend, device):
     queries, points = (x.to(device) for x in gaussian(8, 300, 20))
     none = torch.full((20,), -1, device=device)
     assert torch.equal(knn(queries, points, 300, self_index=none).index, knn(queries, points, 300).index)
+
+
+def _itself(name):
+    """Banks that are large enough for the cpu backend to look for cells of near rows in them, and hard for its filters."""
+    n, g = 4200, torch.Generator().manual_seed(len(name))
+    if name == "near ties":  # squared distances are multiples of 4 but for 1e-3, less than the filter in integers can tell
+        return torch.randint(0, 2, (n, 64), generator=g) * 2 - 1 + 1e-4 * torch.randn(n, 64, generator=g)
+    if name == "clusters":
+        return clusters(60, 1, 0.1, 24, n, 1)[1]
+    if name == "tight clusters far away":
+        return clusters(7, 1e3, 1e-2, 24, n, 1)[1]
+    if name == "clusters of duplicates":  # more of each than a queue holds
+        return torch.randn(12, 16, generator=g)[torch.randint(12, (n,), generator=g)]
+    if name == "cells side by side":
+        return torch.randn(n, 2, generator=g)
+    points = torch.randn(n, 16, generator=g)
+    if name == "far to near":
+        return points[points.norm(dim=1).argsort(descending=True)].contiguous()
+    if name == "up to overflow":
+        return points * torch.logspace(15, 18, n)[:, None]
+    if name == "down to denormals":
+        return points * torch.logspace(-15, -40, n)[:, None]
+    points[: n // 2] += 100  # broken rows among two clusters
+    points[::5, 3], points[1::7] = math.nan, -math.inf
+    return points
+
+
+SHAPES = ["near ties", "clusters", "tight clusters far away", "clusters of duplicates", "cells side by side", "far to near"]
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "up to overflow", "down to denormals", "broken rows in clusters"])
+def test_bank_in_itself(name):
+    if not ltkernels.build_info()["cpp"]:
+        pytest.skip("the cells are the cpu backend's; there is no compiled part")
+    points, k, threads = _itself(name), 40, torch.get_num_threads()
+    judged = torch.arange(0, len(points), 23)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            sqdist, index = knn(points, points, k, self_index=True)
+            assert_neighbours(points[judged], points, sqdist[judged], index[judged], judged)
+            part = knn(points[judged], points, k, self_index=judged)  # not the whole bank: no cells, and no tile serves two sides
+            assert torch.equal(index[judged], part.index)
+            assert torch.equal(sqdist[judged].nan_to_num(nan=-1), part.sqdist.nan_to_num(nan=-1))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -421,7 +467,8 @@ def test_memory_is_never_queries_times_points():
         assert peak < 128, f"{peak:.0f} MB beyond the inputs; a Q x N matrix of float32 would be 1024 MB"
 
 
-ISA_NEEDS = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+ISA_NEEDS = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": AVX512, "avx512vnni": {*AVX512, "avx512_vnni"}}
 X86_FLAGS = set(re.search(r"^flags\s*:(.*)$|\Z", Path("/proc/cpuinfo").read_text(), re.MULTILINE).group().split())
 
 
@@ -429,7 +476,7 @@ X86_FLAGS = set(re.search(r"^flags\s*:(.*)$|\Z", Path("/proc/cpuinfo").read_text
 @pytest.mark.parametrize("isa", [isa for isa, needs in ISA_NEEDS.items() if needs <= X86_FLAGS])
 def test_every_instruction_set_of_this_processor(isa):
     """The hard cases once more in a process of its own, on each path that the library can choose at run time."""
-    cases = "test_hard_case and cpu and not 512 and not 2048"
+    cases = "(test_hard_case and cpu and not 512 and not 2048) or test_bank_in_itself"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", cases]
     run = subprocess.run(command, env={**os.environ, "LTKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]

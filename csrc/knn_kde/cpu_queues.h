@@ -34,11 +34,12 @@ struct Queues {
   int64_t first = 0, capacity = 0;
   std::vector<float> sqnorm, limit;  // |q'|^2: +inf switches the filter off, NaN (also the limit) the whole row
   std::vector<uint32_t> count;
+  std::vector<uint32_t> last;  // where k rows at distance 0 are known: the highest index among them
   std::unique_ptr<std::byte[]> memory;  // a row's lows, then its ids; not initialised: pages are touched as they fill
 
   void resize(int64_t rows, int64_t row_capacity) {
     capacity = row_capacity;
-    sqnorm.resize(rows), limit.resize(rows), count.resize(rows);
+    sqnorm.resize(rows), limit.resize(rows), count.resize(rows), last.resize(rows);
     memory.reset(new std::byte[rows * capacity * (sizeof(float) + sizeof(uint32_t))]);
   }
 
@@ -61,7 +62,11 @@ template <class T>
 struct Worker {
   AlignedFloats a, b, tile;                 // packed query block, packed bank block, their products
   std::vector<float> row_floor, col_floor;  // per row of the blocks: low + q'.c
-  std::vector<float> shifted, low;
+  std::vector<float> row_scale, col_scale;  // per row of the blocks: the unit of its integers
+  std::vector<double> row_reach, col_reach;  // per cell of the blocks: the largest distance that still counts
+  std::vector<uint8_t> near;                 // pairs of their cells
+  std::vector<Range> tiles;                  // to compute of a panel
+  std::vector<float> shifted, words, low;
   std::vector<uint32_t> id;
   std::vector<double> f, weight, sum;
   std::vector<Wide<T>> query, buffer;
@@ -74,7 +79,7 @@ class PairSchedule {
  public:
   explicit PairSchedule(int64_t blocks) : blocks_(blocks), left_(blocks), busy_(blocks), done_(blocks * blocks) {
     for (int64_t j = 0; j < blocks; ++j) left_[j] = j + 1;
-    remaining_ = blocks * (blocks + 1) / 2;
+    remaining_ = blocks * (blocks + 1) / 2, near_ = 2 * blocks - 1;
   }
 
   // Gives back (i, j) unless i < 0 and replaces it by the next pair; false when none is left.
@@ -82,6 +87,11 @@ class PairSchedule {
     std::unique_lock lock(mutex_);
     if (i >= 0) busy_[i] = busy_[j] = false;
     while (remaining_ > 0) {
+      for (int64_t band = 0; band < 2 && near_ > 0; ++band) {  // with cells these are the near rows, which tighten the limits
+        for (int64_t row = 0; row + band < blocks_; ++row) {
+          if (try_claim(i, j, row, row + band)) return true;
+        }
+      }
       if (i >= 0 && take(i, j, j)) return true;
       for (int64_t column = blocks_ - 1; column >= 0; --column) {
         if (take(i, j, column)) return true;
@@ -103,16 +113,20 @@ class PairSchedule {
   bool take(int64_t& i, int64_t& j, int64_t column) {
     if (busy_[column] || left_[column] == 0) return false;
     for (int64_t row = 0; row <= column; ++row) {
-      if (busy_[row] || done_[column * blocks_ + row]) continue;
-      i = row, j = column;
-      busy_[i] = busy_[j] = done_[column * blocks_ + row] = true;
-      --left_[column], --remaining_;
-      return true;
+      if (try_claim(i, j, row, column)) return true;
     }
     return false;
   }
 
-  int64_t blocks_, remaining_;
+  bool try_claim(int64_t& i, int64_t& j, int64_t row, int64_t column) {
+    if (busy_[row] || busy_[column] || done_[column * blocks_ + row]) return false;
+    i = row, j = column;
+    busy_[i] = busy_[j] = done_[column * blocks_ + row] = true;
+    --left_[column], --remaining_, near_ -= column - row < 2;
+    return true;
+  }
+
+  int64_t blocks_, remaining_, near_;  // near_: pairs left of a block with itself or the next
   std::vector<int64_t> left_;
   std::vector<uint8_t> busy_, done_;
   std::mutex mutex_;

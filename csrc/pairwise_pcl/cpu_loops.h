@@ -280,7 +280,7 @@ LT_PAIR_BODY(PairAvx512, LT_AVX512, 64, 4, 8, 1)
 template <class T>
 PairOps<T> pair_ops(Level level) {
 #if LT_X86
-  if (level == Level::kAvx512) return PairAvx512<T>::table();
+  if (level >= Level::kAvx512) return PairAvx512<T>::table();
   if (level == Level::kAvx2) return PairAvx2<T>::table();
 #endif
   return PairBaseline<T>::table();

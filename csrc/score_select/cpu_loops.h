@@ -315,7 +315,7 @@ LT_SELECT_BODY(SelectAvx512, LT_AVX512, 64, 12, 2)
 template <class T>
 SelectOps<T> select_ops(Level level) {
 #if LT_X86
-  if (level == Level::kAvx512) return SelectAvx512<T>::table();
+  if (level >= Level::kAvx512) return SelectAvx512<T>::table();
   if (level == Level::kAvx2) return SelectAvx2<T>::table();
 #endif
   return SelectBaseline<T>::table();
