@@ -13,7 +13,7 @@ import training.__main__
 from training.methods import DiffROP
 
 ROOT = Path(__file__).parents[1]
-PAGES = [page for page in sorted(str(page.relative_to(ROOT)) for page in ROOT.rglob("README.md")) if not re.search("^(build|runs)/", page)]
+PAGES = [str(page.relative_to(ROOT)) for page in sorted(ROOT.rglob("README.md")) if not {"build", "runs"} & {*page.relative_to(ROOT).parts}]
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 BLOCKS = [(page, block) for page, text in TEXTS.items() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
 
