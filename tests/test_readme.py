@@ -13,7 +13,8 @@ import training.__main__
 from training.methods import DiffROP
 
 ROOT = Path(__file__).parents[1]
-PAGES = [str(page.relative_to(ROOT)) for page in sorted(ROOT.rglob("README.md")) if not {"build", "runs"} & {*page.relative_to(ROOT).parts}]
+FOUND = [*ROOT.rglob("README.md"), *ROOT.glob("training/docs/*.md")]
+PAGES = [str(page.relative_to(ROOT)) for page in sorted(FOUND) if not {"build", "runs"} & {*page.relative_to(ROOT).parts}]
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 BLOCKS = [(page, block) for page, text in TEXTS.items() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
 

@@ -12,19 +12,19 @@ VERDICTS = ("holds", "fails", "wrong", "open", "not run")
 
 class Claim(NamedTuple):
     method: str
-    where: str  # in the paper, and the number that training/README.md has for it
+    where: str  # in the paper, and the number that the method's page has for it
     says: str  # the claim with the paper's figures, or the words or formula at fault
     here: str
     verdict: str
     evidence: tuple[str, ...]  # node ids of tests, and headings as PAGE#anchor
 
 
-PAGE, T = "training/README.md", "tests/training/test_"
-OPEN_DGD, HELD_DGD = f"{PAGE}#where-the-supplement-is-silent-or-wrong", f"{PAGE}#results"
-OPEN_T2H, HELD_T2H = f"{PAGE}#where-the-paper-is-silent-or-wrong", f"{PAGE}#figures-of-t2h-results"
-OPEN_ROP, HELD_ROP = f"{PAGE}#where-002-is-silent-or-contradicts-itself", f"{PAGE}#figures-of-diffrop-results"
-OPEN_RC, HELD_RC = f"{PAGE}#diffrc-where-the-paper-is-silent-or-wrong", f"{PAGE}#diffrc-results"
-OPEN_CLUDI, HELD_CLUDI = f"{PAGE}#where-paper-and-released-code-disagree", f"{PAGE}#cludi-results"
+PAGE, DOCS, T = "training/README.md", "training/docs", "tests/training/test_"
+OPEN_DGD, HELD_DGD = f"{DOCS}/dgd.md#where-the-supplement-is-silent-or-wrong", f"{DOCS}/dgd.md#results"
+OPEN_T2H, HELD_T2H = f"{DOCS}/t2h.md#where-the-paper-is-silent-or-wrong", f"{DOCS}/t2h.md#figures-of-t2h-results"
+OPEN_ROP, HELD_ROP = f"{DOCS}/diffrop.md#where-002-is-silent-or-contradicts-itself", f"{DOCS}/diffrop.md#figures-of-diffrop-results"
+OPEN_RC, HELD_RC = f"{DOCS}/diffrc.md#diffrc-where-the-paper-is-silent-or-wrong", f"{DOCS}/diffrc.md#diffrc-results"
+OPEN_CLUDI, HELD_CLUDI = f"{DOCS}/cludi.md#where-paper-and-released-code-disagree", f"{DOCS}/cludi.md#cludi-results"
 HELD_GDA = f"{PAGE}#generative-data-augmentation-results"
 
 CLAIMS = (
@@ -63,7 +63,7 @@ CLAIMS = (
           (HELD_DGD,)),
     Claim("dgd", "Table 5 (H3 to H6)", "ACC 54.5 against CLUDI 46.1, CC 39.6, SCAN 29.4 (CIFAR-10-LT)",
           "digits-lt: DGD .738, the same without guidance .775, k-means on its latents .771; tail .432, .465, .432", "fails", (HELD_DGD,)),
-    Claim("dgd", "Table 5", "2.8 hours and 5.5 GB on CIFAR-10-LT", "", "not run", (f"{PAGE}#dgd",)),
+    Claim("dgd", "Table 5", "2.8 hours and 5.5 GB on CIFAR-10-LT", "", "not run", (f"{DOCS}/dgd.md#dgd",)),
     # ---- 001
     Claim("t2h", "Eq. 8 (D1)", "eps_z = x_t / sqrt(alpha) - x_0 is a noise",
           "its variance is sigma_t^2; (x_t - sqrt(abar) x_z) / sqrt(1 - abar)", "wrong",
@@ -241,5 +241,5 @@ CLAIMS = (
     Claim("cludi", "Eq. 21 (L14, C4, C5)", "a uniform prior over clusters",
           "is below k-means on a long tail; the classes' shares help the head only", "fails",
           (f"{T}cludi.py::test_a_class_prior_is_what_targets_and_predictions_average_to", HELD_CLUDI)),
-    Claim("cludi", "section 6", "ImageNet subsets, CIFAR-10, STL-10, Pets, Flowers, Caltech", "", "not run", (f"{PAGE}#cludi",)),
+    Claim("cludi", "section 6", "ImageNet subsets, CIFAR-10, STL-10, Pets, Flowers, Caltech", "", "not run", (f"{DOCS}/cludi.md#cludi",)),
 )  # fmt: skip

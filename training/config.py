@@ -79,7 +79,7 @@ class RunConfig:
 class DGDConfig(RunConfig):
     """DGD: density-gradient guided diffusion for long-tailed clustering (supplement 000).
 
-    Defaults follow the paper where it speaks; G1 to G14 are the points where it does not, see training/README.md.
+    Defaults follow the paper where it speaks; G1 to G14 are the points where it does not, see training/docs/dgd.md.
     """
 
     # Latent space (G10).
@@ -158,7 +158,7 @@ class CLUDIConfig(RunConfig):
     """CLUDI: clustering via self-supervised diffusion (004).
 
     The defaults train well on digits within minutes; --preset cludi-paper and cludi-code hold what the paper and its released code say.
-    L1 to L14 are the points where the two disagree, see training/README.md.
+    L1 to L14 are the points where the two disagree, see training/docs/cludi.md.
     """
 
     # Features: what every method of the table clusters.
@@ -260,7 +260,7 @@ class ImageConfig(RunConfig):
     """Image diffusion on a long tail: what DDPM, CBDM, T2H, DiffROP and CORAL share (001, section 4; the code bases OC_LT and CBDM).
 
     The defaults train well on digits within minutes; the presets hold the rows of the paper's tables. D1 to D13 are the points where
-    paper and code disagree, see training/README.md.
+    paper and code disagree, see training/docs/t2h.md.
     """
 
     dataset: str = ours("digits-lt", paper="cifar10-lt", tables=("cifar100-lt", "tiny-imagenet-lt", "imagenet-lt"))
@@ -405,7 +405,7 @@ class DiffROPConfig(CBDMConfig):
     """DiffROP: overlap optimisation (002): denoised means of different classes at one time are pushed apart, on top of DDPM or CBDM.
 
     The defaults train well on digits within minutes; the presets hold the rows of the tables of 002, which says "paper" here. R1 to R15 are
-    the points where it is silent or contradicts itself, see training/README.md.
+    the points where it is silent or contradicts itself, see training/docs/diffrop.md.
     """
 
     base: Literal["ddpm", "cbdm"] = paper("ddpm", tables=("cbdm",))  # the loss that the term comes to
@@ -498,7 +498,7 @@ class DiffRCConfig(RunConfig):
     """DiffRC: long-tailed recognition with images that a diffusion model makes of the medium and tail classes (003), in five stages.
 
     The defaults train well on digits within minutes; --preset diffrc-paper is the paper to the letter, table1-* and table2-* are what we
-    would run for its tables. C1 to C10 are the points where the paper is silent or wrong, see training/README.md.
+    would run for its tables. C1 to C10 are the points where the paper is silent or wrong, see training/docs/diffrc.md.
     """
 
     dataset: str = ours("digits-train-lt", paper="cifar10-lt", tables=("cifar100-lt", "imagenet-lt"))

@@ -32,7 +32,7 @@ def functions(file):
 
 @pytest.mark.parametrize("where", EVIDENCE)
 def test_evidence_exists(where):
-    file, test = re.fullmatch(r"([\w./]+\.(?:py|md))(?:::(test_\w+)|#[\w-]+)", where).groups()
+    file, test = re.fullmatch(r"([\w./-]+\.(?:py|md))(?:::(test_\w+)|#[\w-]+)", where).groups()
     assert (ROOT / file).is_file()
     assert test in functions(file) if test else where.partition("#")[2] in anchors(file)
 
@@ -48,7 +48,7 @@ def test_every_claim_is_complete():
 
 @pytest.mark.parametrize(("method", "letter", "count"), [("t2h", "D", 13), ("diffrop", "R", 15), ("diffrc", "C", 10), ("cludi", "L", 14)])
 def test_every_numbered_point_of_the_readme_is_told(method, letter, count):
-    """Each D, R, C or L of training/README.md is in the table, but what a list of differences between code and code has."""
+    """Each D, R, C or L of the methods' pages is in the table, but what a list of differences between code and code has."""
     told = " ".join(claim.where for claim in CLAIMS if claim.method == method)
     ranges = {(a, int(i)) for a, start, end in re.findall(r"\b([A-Z])(\d+) to [A-Z]?(\d+)", told) for i in range(int(start), int(end) + 1)}
     named = {(a, int(i)) for a, i in re.findall(r"\b([A-Z])(\d+)", told)} | ranges
