@@ -23,13 +23,15 @@ OTHERS = [(page, block) for page, block in BLOCKS if block not in LOOPS]
 
 NOISE = "(x_t - scale.view(-1, 1, 1, 1) * x0) / std.view(-1, 1, 1, 1)"
 DDPM, DIFFUSERS, EDM, FLOW = range(4)
-# block, what is put in for what in it, and how far its network is from the answer of x0 itself, in the loop's notation or by diffusers
+# block, what is put in for what in it, how far its network is from the answer of x0 itself, in the loop's notation or by diffusers, and the
+# share of the first steps' distance that may be left: .24, .66, .38, .68 and .49 were at most over three seeds, at least .69 with a wrong
+# prediction or scale in flow and .98 in the others. EDM's std only chooses images here: a wrong one is not noticed
 CASES = {
-    "ddpm": (DDPM, None, f"eps - {NOISE}"),
-    "diffusers-v": (DIFFUSERS, None, f"output - scheduler.get_velocity(x0, {NOISE}, t)"),
-    "diffusers-epsilon": (DIFFUSERS, ('prediction_type="v_prediction"', 'prediction_type="epsilon"'), f"output - {NOISE}"),
-    "edm": (EDM, None, "(denoised - x0) / c_out"),
-    "flow": (FLOW, ("torch.rand(32)", "torch.linspace(0, 0.99, 32)"), "velocity - (x_t - x0) / t.view(-1, 1, 1, 1)"),  # t = 1 included
+    "ddpm": (DDPM, None, f"eps - {NOISE}", 0.5),
+    "diffusers-v": (DIFFUSERS, None, f"output - scheduler.get_velocity(x0, {NOISE}, t)", 0.8),
+    "diffusers-epsilon": (DIFFUSERS, ('prediction_type="v_prediction"', 'prediction_type="epsilon"'), f"output - {NOISE}", 0.5),
+    "edm": (EDM, None, "(denoised - x0) / c_out", 0.8),
+    "flow": (FLOW, ("torch.rand(32)", "torch.linspace(0, 0.99, 32)"), "velocity - (x_t - x0) / t.view(-1, 1, 1, 1)", 0.6),  # t = 1 included
 }
 
 
@@ -58,9 +60,9 @@ def test_code_block_runs(page, block, tmp_path, monkeypatch):
     run(block, {})
 
 
-def learns(block, error, monkeypatch):
-    """Over 50 steps, the loss without DiffROP's term, which is there all along, falls by a fifth, and so does the distance to the answers
-    of the images themselves, which does not where another target is learnt."""
+def learns(block, error, share, monkeypatch):
+    """Over 50 steps, the loss without DiffROP's term, which is there all along, falls, and so does the distance to the answers of the
+    images themselves, which does not where another target is learnt."""
     terms, losses, apart, real, names = [], [], [], DiffROP.loss, {}
     monkeypatch.setattr(DiffROP, "loss", lambda *args: terms.append(real(*args)) or terms[-1])
 
@@ -74,26 +76,27 @@ def learns(block, error, monkeypatch):
     assert min(term.item() for term in terms) > 0
     for name, values in (("loss", losses), ("distance", apart)):
         first, last = sum(values[:10]) / 10, sum(values[-10:]) / 10
-        assert last < 0.8 * first, f"{name}: expected less than 0.8 of the first steps' {first}; got {last}"
+        assert last < share * first, f"{name}: expected less than {share} of the first steps' {first}; got {last}"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_foreign_loop_learns(case, tmp_path, monkeypatch):
-    number, change, error = CASES[case]
+    number, change, error, share = CASES[case]
     block = LOOPS[number]
     assert len(LOOPS) == 4 and len(block.strip().splitlines()) <= 25 and "t2h.target(" in block and "diffrop.rows(" in block
     assert change is None or block.count(change[0]) == 1
     monkeypatch.chdir(tmp_path)
-    learns(block.replace(*change) if change else block, error, monkeypatch)
+    learns(block.replace(*change) if change else block, error, share, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "right, wrong", [('prediction="epsilon"', 'prediction="x0"'), ("t2h.target(x_t, x0,", "t2h.target(x_t, 0 * x0,")]
+    "case, right, wrong", [("ddpm", 'prediction="epsilon"', 'prediction="x0"'), ("flow", 'prediction="flow"', 'prediction="v"')]
 )
-def test_a_loop_with_a_wrong_line_is_found(right, wrong, monkeypatch):
-    assert right in LOOPS[DDPM]
-    with pytest.raises(AssertionError, match="0.8"):
-        learns(LOOPS[DDPM].replace(right, wrong), CASES["ddpm"][2], monkeypatch)
+def test_a_loop_with_a_wrong_line_is_found(case, right, wrong, monkeypatch):
+    number, _, error, share = CASES[case]
+    assert LOOPS[number].count(right) == 1
+    with pytest.raises(AssertionError, match="expected less than"):
+        learns(LOOPS[number].replace(right, wrong), error, share, monkeypatch)
 
 
 def test_a_block_that_does_not_run_is_found(tmp_path, monkeypatch):

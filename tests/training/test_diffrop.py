@@ -221,6 +221,15 @@ def test_times_of_flow_matching():
     torch.testing.assert_close(dataclasses.replace(method, steps=1.0).loss(mu, y, t / 1000), method.loss(mu, y, t))
 
 
+def test_betas_of_somebody_else():
+    """A table of betas that begins with the first step, in float32, is that of Diffusion, which has 0 before it."""
+    x, output, t = torch.randn(2, 5, 1, 2, 2, generator=torch.Generator().manual_seed(0)).unbind() + (torch.tensor([0, 1, 500, 998, 999]),)
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    abar = torch.cumprod(1 - betas, 0)[t]
+    found = DiffROP().rows(x, output, abar.sqrt(), (1 - abar).sqrt(), beta=betas[t])
+    torch.testing.assert_close(found, denoised(D, x, output, t + 1), rtol=1e-4, atol=1e-5)
+
+
 def test_arguments_that_belong_together():
     mu, y, t = rows()
     with pytest.raises(ValueError, match="DiffROP.loss: other, other_y and other_t belong together; got other only"):
