@@ -405,7 +405,9 @@ struct Avx512Vnni {
   }
 
   // GCC 12 copies every accumulator around the intrinsic _mm512_dpwssd_epi32, at half of the speed.
-  LT_AVX512_VNNI __attribute__((always_inline)) static inline void add_products(__m512i& acc, __m512i x, __m512i y) { asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y)); }
+  LT_AVX512_VNNI __attribute__((always_inline)) static inline void add_products(__m512i& acc, __m512i x, __m512i y) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y));
+  }
 
   LT_AVX512_VNNI static void multiply(const float* a, const float* b, int64_t n, bool more, float* c) {
     __m512i acc[kRows][2] = {};
