@@ -257,7 +257,7 @@ class CLUDIConfig(RunConfig):
 
 @dataclass(frozen=True)
 class ImageConfig(RunConfig):
-    """Image diffusion on a long tail: what DDPM, CBDM, T2H, DiffROP and CORAL share (001, section 4; the code bases OC_LT and CBDM).
+    """Image diffusion on a long tail: what DDPM, CBDM, T2H, DiffROP and CCUA share (001, section 4; the code bases OC_LT and CBDM).
 
     The defaults train well on digits within minutes; the presets hold the rows of the paper's tables. D1 to D13 are the points where
     paper and code disagree, see training/docs/t2h.md.
@@ -497,8 +497,9 @@ class AnalyticConfig(ImageConfig):
 class DiffRCConfig(RunConfig):
     """DiffRC: long-tailed recognition with images that a diffusion model makes of the medium and tail classes (003), in five stages.
 
-    The defaults train well on digits within minutes; --preset diffrc-paper is the paper to the letter, table1-* and table2-* are what we
-    would run for its tables. C1 to C10 are the points where the paper is silent or wrong, see training/docs/diffrc.md.
+    The defaults train well on digits within minutes; --preset diffrc-paper is what the paper states, table1-* and table2-* are what we
+    would run for its tables; where the paper is silent, both have our budget. C1 to C10 are the points where it is silent or wrong, see
+    training/docs/diffrc.md.
     """
 
     dataset: str = ours("digits-train-lt", paper="cifar10-lt", tables=("cifar100-lt", "imagenet-lt"))

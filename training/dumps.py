@@ -46,8 +46,9 @@ def read_images(samples: Path, labels: Path | None, shape: tuple[int, ...]) -> t
         done, floats, images = f"{images.dtype} in [0, 1], rounded to 8 bits", images, np.empty(images.shape, np.uint8)
         for rows in range(0, len(images), 1000):  # float64 of all of them would be eight times the file
             images[rows : rows + 1000] = np.rint(floats[rows : rows + 1000].astype(np.float64) * 255)
+    images = np.require(images, requirements="W")  # a copy of the mapped file, if it is that still
     if labels is None:
-        return torch.from_numpy(np.array(images)), torch.full((len(images),), -1), done
+        return torch.from_numpy(images), torch.full((len(images),), -1), done
     classes = read(labels)
     if not isinstance(classes, np.ndarray) or classes.dtype.kind not in "iu":
         refuse(labels, "an array of integers", getattr(classes, "dtype", "several arrays"))
@@ -55,7 +56,7 @@ def read_images(samples: Path, labels: Path | None, shape: tuple[int, ...]) -> t
         refuse(labels, f"one label an image, shape ({len(images)},)", classes.shape)
     if classes.min() < -1 or classes.max() >= 2**31:
         refuse(labels, "labels from 0 on, or -1 for none", f"{classes.min()} to {classes.max()}")
-    return torch.from_numpy(np.array(images)), torch.from_numpy(classes.astype(np.int64)), done
+    return torch.from_numpy(images), torch.from_numpy(classes.astype(np.int64)), done
 
 
 def read_statistics(path: Path) -> Moments:

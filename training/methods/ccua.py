@@ -50,5 +50,5 @@ class Align(Denoise):
         method = CCUA(config.ccua_alpha, config.ccua_gamma, config.ccua_temperature, config.timesteps)
         unlabelled = self.predict(batch, torch.full_like(batch.label, -1))
         images = DiffROP(space="x0").rows(batch.x_t, unlabelled, batch.scale, batch.std, config.prediction)
-        contrast = method.contrast(images, batch.t, ranks.gathered(images), batch.offset)
+        contrast = method.contrast(images, batch.t, ranks.gathered(images) if ranks.size() > 1 else None, batch.offset)
         return {"loss_ucl": contrast, "loss_al": method.align(output, unlabelled, batch.t)}
