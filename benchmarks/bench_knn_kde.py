@@ -32,9 +32,11 @@ SIZES = {  # queries (None: the bank itself, leave-one-out), points, dimensions,
 }
 GPU_SIZES = {
     "self N=20000 d=512": (None, 20_000, 512),
+    "self N=20000 d=64": (None, 20_000, 64),
     "Q=2000 N=50000 d=128": (2_000, 50_000, 128),
     "Q=1 N=50000 d=128": (1, 50_000, 128),
     "Q=4096 N=500000 d=128": (4_096, 500_000, 128),
+    "self N=20000 d=512 in 200 clusters": (None, 20_000, 512, "clusters"),
 }
 
 
@@ -180,29 +182,54 @@ def gpu_problem(request):
     return p
 
 
+def time_on_the_card(benchmark, call, rounds=7, calls=1):
+    """`calls` of them, one after the other, from the first launch until the card has finished; and the memory that one needs."""
+
+    def round_of_calls():
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+
+    round_of_calls()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    benchmark.extra_info |= {"peak_mb": (torch.cuda.max_memory_allocated() - before) / 2**20, "calls": calls}
+    benchmark.pedantic(round_of_calls, rounds=rounds, warmup_rounds=2)
+
+
+def product_on_the_card(name, p: Problem):
+    """The matrix product that a search by expansion starts from: as the filters have it, and as torch.cdist does."""
+    torch.backends.cuda.matmul.allow_tf32 = "tf32" in name
+    try:
+        return torch.mm(p.queries, p.points.T)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def on_the_card(name, p: Problem):
-    """log_density of cuda, triton or torch's way, when the card has finished. Rows instead of self_index=True: no round starts warm."""
+    """log_density of cuda, triton or torch's way. Rows instead of self_index=True: no round starts warm."""
     if name == "cdist+topk":
         log_density = cdist_topk(p)
     else:
         with ltkernels.backend(name):
             log_density = ltkernels.knn_kde_grad(p.queries, p.bank, K, bandwidth=p.h, self_index=p.rows).log_density
-    torch.cuda.synchronize()
     return log_density
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("name", ["cuda", "triton", "cdist+topk"])
+@pytest.mark.parametrize("name", ["cuda", "triton", "cdist+topk", "product only, tf32", "product only, float32"])
 def test_knn_kde_on_the_card(name, gpu_problem, benchmark):
     p = gpu_problem
     benchmark.group = f"knn_kde_grad {p.name} k={K} float32 {torch.cuda.get_device_name()}"
+    if "product" in name:
+        if len(p.points) > 100_000:
+            pytest.skip("8 GB of products")
+        time_on_the_card(benchmark, lambda: product_on_the_card(name, p), rounds=7)
+        return
     rows = torch.linspace(0, len(p.queries) - 1, min(64, len(p.queries)), device="cuda").long()
     error = (on_the_card(name, p)[rows].double() - exact_density(p, rows)).abs().max().item()
     assert error < 1e-3, f"{name} is off by {error}"
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    on_the_card(name, p)
     benchmark.extra_info["max_error"] = error
-    benchmark.extra_info["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    benchmark.pedantic(on_the_card, (name, p), rounds=7, warmup_rounds=2)
+    time_on_the_card(benchmark, lambda: on_the_card(name, p), rounds=7)

@@ -2,6 +2,7 @@
 
     pytest benchmarks --benchmark-only -k pcl                # all groups
     pytest benchmarks --benchmark-only -k "pcl and 256x3072"
+    pytest benchmarks --benchmark-only -k pcl -m gpu         # cuda and triton beside plain torch on the card
 
 Every implementation answers the same question on the same data, and its error against float64 is asserted before it is timed. Groups
 compare inside one run: quote ratios of medians. `peak_mb` is the memory one call needs beyond its inputs.
@@ -11,11 +12,12 @@ distance, .5 of torch.mm, and each pair pulls in the gradient, 1; packing, terms
 subtraction takes a multiply-add's place, twice .5 and twice 1. Memory: the gradient, 3 MB, and 1 MB of pulls and panels.
 """
 
+import contextlib
 from functools import cached_property
 
 import pytest
 import torch
-from bench_knn_kde import peak_mb
+from bench_knn_kde import peak_mb, time_on_the_card
 
 import ltkernels
 
@@ -24,11 +26,11 @@ CLASSES = {"half the pairs": 2, "all pairs": None}
 
 
 class Problem:
-    def __init__(self, b, d, classes):
+    def __init__(self, b, d, classes, device="cpu"):
         g = torch.Generator().manual_seed(0)
-        self.mu = torch.randn(b, d, generator=g).requires_grad_()
-        self.labels = torch.arange(b) if classes is None else torch.randint(classes, (b,), generator=g)
-        self.product = torch.ones(b, b)  # touched: no page faults in the product's time
+        self.mu = torch.randn(b, d, generator=g).to(device).requires_grad_()
+        self.labels = (torch.arange(b) if classes is None else torch.randint(classes, (b,), generator=g)).to(device)
+        self.product = torch.ones(b, b, device=device)  # touched: no page faults in the product's time
 
     @cached_property
     def exact(self):
@@ -69,6 +71,9 @@ def product(p: Problem):
 
 IMPLEMENTATIONS = {"pcl_loss": ours, "broadcast": broadcast, "pairwise_sqdist": sqdist, "cdist squared": cdist, "product only": product}
 
+ON_THE_CARD = [(op, name) for op in ("pcl_loss", "pairwise_sqdist") for name in ("cuda", "triton")]
+ON_THE_CARD += [("broadcast",), ("cdist squared",), ("product only",)]
+
 
 @pytest.fixture(scope="module", params=[(size, classes) for size in SIZES for classes in CLASSES], ids=" ".join)
 def problem(request):
@@ -93,3 +98,24 @@ def test_pcl(name, problem, benchmark):
         problem.mu.grad = None
         benchmark.extra_info["peak_mb"] = peak_mb(lambda: call(problem))
     benchmark.pedantic(call, (problem,), rounds=3 if name == "broadcast" and len(problem.mu) == 256 else 50, warmup_rounds=1)
+
+
+@pytest.fixture(scope="module", params=["256x3072", "1024x3072"])
+def on_the_card(request):
+    p = Problem(*SIZES[request.param], None, "cuda")
+    p.name = f"{request.param} float32, all pairs"
+    return p
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_THE_CARD, ids=" ".join)
+def test_pcl_on_the_card(name, on_the_card, benchmark):
+    p, (op, *backend) = on_the_card, name
+    benchmark.group = f"pcl {p.name} {torch.cuda.get_device_name()}"
+    with ltkernels.backend(*backend) if backend else contextlib.nullcontext():
+        if "product" not in op:
+            exact = p.exact[0 if op in ("pcl_loss", "broadcast") else 1]
+            benchmark.extra_info["error"] = worst = ((IMPLEMENTATIONS[op](p) - exact).norm() / exact.norm()).item()
+            assert worst < 1e-5, f"{name} is off by {worst}"
+        p.mu.grad = None
+        time_on_the_card(benchmark, lambda: IMPLEMENTATIONS[op](p), calls=1 if op == "broadcast" else 20)

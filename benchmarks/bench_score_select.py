@@ -2,6 +2,7 @@
 
     pytest benchmarks --benchmark-only -k select             # all groups
     pytest benchmarks --benchmark-only -k "batch and ddpm"   # one group
+    pytest benchmarks --benchmark-only -k select -m gpu      # cuda and triton beside plain torch on the card
 
 Every implementation answers the same question on the same data, and its error against float64 is asserted before it is timed. Groups
 compare inside one run: quote ratios of medians. `peak_mb` is the memory one call needs beyond its inputs.
@@ -18,9 +19,11 @@ Measured, two idle cores (AVX-512), one run, medians:
   Memory beyond the inputs: posterior_mean 36 MB, score_select 4 MB.
 """
 
+import contextlib
+
 import pytest
 import torch
-from bench_knn_kde import peak_mb
+from bench_knn_kde import peak_mb, time_on_the_card
 
 import ltkernels
 
@@ -29,11 +32,11 @@ ROWS = 64  # whose error is judged
 
 
 class Problem:
-    def __init__(self, b, k, d, scale, std):
+    def __init__(self, b, k, d, scale, std, device="cpu"):
         g = torch.Generator().manual_seed(0)
-        self.clean, self.scale, self.std = torch.rand(k, d, generator=g) * 2 - 1, scale, std
-        self.x = scale * self.clean[:b] + std * torch.randn(b, d, generator=g)
-        self.product, self.mixed = torch.ones(b, k), torch.ones(b, d)  # touched: no page faults in the products' times
+        self.clean, self.scale, self.std = (torch.rand(k, d, generator=g) * 2 - 1).to(device), scale, std
+        self.x = scale * self.clean[:b] + std * torch.randn(b, d, generator=g).to(device)
+        self.product, self.mixed = torch.ones(b, k, device=device), torch.ones(b, d, device=device)  # touched: no page faults when timed
         exact = [-(row.double() - scale * self.clean).square().sum(1) / (2 * std**2) for row in self.x[:ROWS]]
         self.logits = torch.stack(exact)
 
@@ -86,6 +89,10 @@ def run(name, call, p, benchmark, rounds):
 BATCH = {"score_select": ours, "p_sel": probabilities, "broadcast": broadcast, "product only": product}
 SET = {"posterior_mean": denoised, "p_sel": probabilities, "score_select": ours, "two products": two_products, "product only": product}
 
+CALLS = BATCH | SET
+ON_THE_CARD = [(op, name) for op in ("score_select", "p_sel", "posterior_mean") for name in ("cuda", "triton")]
+ON_THE_CARD += [("broadcast",), ("two products",), ("product only",)]
+
 
 @pytest.fixture(scope="module", params=LEVELS)
 def batch(request):
@@ -109,3 +116,24 @@ def whole_set():
 def test_select_in_a_set(name, whole_set, benchmark):
     benchmark.group = f"set B=256 K=50000 D=3072 float32 edm sigma=5 cpu, {torch.get_num_threads()} threads"
     run(name, SET[name], whole_set, benchmark, rounds=3)
+
+
+@pytest.fixture(scope="module", params=["batch", "set"])
+def on_the_card(request):
+    p = Problem(*(128, 128, 3072, *LEVELS["ddpm"]) if request.param == "batch" else (256, 50_000, 3072, 1.0, 5.0), device="cuda")
+    p.name = f"{request.param} B={len(p.x)} K={len(p.clean)} D=3072 float32"
+    return p
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_THE_CARD, ids=" ".join)
+def test_select_on_the_card(name, on_the_card, benchmark):
+    p, (op, *backend) = on_the_card, name
+    if op == "broadcast" and len(p.clean) > 128:
+        pytest.skip("B x K x D: 157 GB")
+    benchmark.group = f"{p.name} {torch.cuda.get_device_name()}"
+    with ltkernels.backend(*backend) if backend else contextlib.nullcontext():
+        if "product" not in op:
+            benchmark.extra_info["max_error"] = worst = error(op, p, CALLS[op](p))
+            assert worst < 1e-3, f"{name} is off by {worst}"
+        time_on_the_card(benchmark, lambda: CALLS[op](p), calls=20 if len(p.clean) == 128 else 1)

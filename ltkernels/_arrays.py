@@ -47,3 +47,10 @@ def in_kind(like) -> Callable[[Tensor], object]:
         return lambda answer: answer.detach().numpy()
     namespace = __import__(type(like).__module__.split(".")[0])
     return lambda answer: namespace.from_dlpack(answer.detach())
+
+
+def settle(doubts: list[tuple[Tensor, Callable[[], Exception]]]) -> None:
+    """Raise the error of the first flag () that is set. Each look at a tensor on a card waits for all that the card has to do, so there is
+    one for all flags; none in torch.compile."""
+    if doubts and not torch.compiler.is_compiling() and torch.stack([flag for flag, _ in doubts]).any():
+        raise next(error() for flag, error in doubts if flag)

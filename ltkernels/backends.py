@@ -75,7 +75,9 @@ def backend(name: str) -> Iterator[None]:
     """Run the ops inside the block on one backend: "cpu", "cuda", "triton" or "reference".
 
     A backend that cannot take the tensors at hand raises; nothing falls back. LTKERNELS_BACKEND sets the same for a whole process.
-    The choice is made when an op runs, so it also governs a function compiled by torch.compile before.
+    The choice is made when an op runs, so it also governs a function compiled by torch.compile before. Gradients are computed on the
+    backend that a block chose for the op itself, wherever `backward` is called; but for tensors on a card those of a compiled function by
+    default or as LTKERNELS_BACKEND has it, since autograd has a thread of its own there.
 
     Example:
         >>> with ltkernels.backend("reference"):
@@ -86,6 +88,23 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _requested.reset(token)
+
+
+def register_autograd(op: str, backward: Callable, *, setup_context: Callable) -> None:
+    """torch.library.register_autograd, whose backward pass knows the `backend` block of the forward pass: for tensors on a card, autograd
+    runs it in a thread of its own, which no block of the caller's reaches."""
+
+    def setup(ctx, inputs, output):
+        ctx.backend = _requested.get()
+        setup_context(ctx, inputs, output)
+
+    def on_the_same_backend(ctx, *grads):
+        if ctx.backend is None:
+            return backward(ctx, *grads)
+        with backend(ctx.backend):
+            return backward(ctx, *grads)
+
+    torch.library.register_autograd(op, on_the_same_backend, setup_context=setup)
 
 
 def _valid(name: str, source: str) -> str:
@@ -109,9 +128,14 @@ class Route(NamedTuple):
 
 _ANY = range(1, MAX_D + 1), range(1, MAX_K + 1)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-ROUTES = [
-    Route(range(90, 1000), "*", _FLOATS, *_ANY, "triton", "unmeasured: wgmma/tcgen05 and TMA are reached through Triton only"),
-    Route(range(80, 90), "*", _FLOATS, *_ANY, "cuda", "unmeasured: mma.sync and cp.async are all that the card has"),
+_SEARCHES = ("knn", "knn_kde_grad")
+_ON_H100 = "measured on an H100: 0.58 to 0.85 of cuda's time"
+_BEYOND = "unmeasured: tcgen05 and TMA are reached through Triton only"
+ROUTES = [  # measured by `python -m ltkernels.selftest --tune`, with Triton 3.8.0 and CUDA 13.0
+    *(Route(range(90, 100), op, _FLOATS, *_ANY, "triton", _ON_H100) for op in _SEARCHES),
+    *(Route(range(100, 1000), op, _FLOATS, *_ANY, "triton", _BEYOND) for op in _SEARCHES),
+    Route(range(90, 100), "*", _FLOATS, *_ANY, "cuda", "measured on an H100: 0.41 to 0.98 of triton's time, up to 1.11 in 6 of 45 cells"),
+    Route(range(80, 1000), "*", _FLOATS, *_ANY, "cuda", "unmeasured: only searches gain much by tensor cores, on sm_80 by mma.sync"),
 ]
 
 

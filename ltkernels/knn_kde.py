@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _arrays, reference
+from . import _arrays, backends, reference
 from .bank import Bank, as_bank
 
 _KERNEL_NORMS = ("peak", "density")
@@ -410,8 +410,8 @@ def _backward_diff_scatter(ctx, grad):
     raise NotImplementedError("knn_kde_grad: the derivative in the bank's points is differentiable no further")
 
 
-torch.library.register_autograd("ltkernels::knn", _backward_knn, setup_context=_setup_knn)
-torch.library.register_autograd("ltkernels::knn_kde", _backward_knn_kde, setup_context=_setup_knn_kde)
-torch.library.register_autograd("ltkernels::diff_sum", _backward_diff_sum, setup_context=_setup_diff)
-torch.library.register_autograd("ltkernels::diff_dot", _backward_diff_dot, setup_context=_setup_diff)
-torch.library.register_autograd("ltkernels::diff_scatter", _backward_diff_scatter, setup_context=_setup_diff)
+backends.register_autograd("ltkernels::knn", _backward_knn, setup_context=_setup_knn)
+backends.register_autograd("ltkernels::knn_kde", _backward_knn_kde, setup_context=_setup_knn_kde)
+backends.register_autograd("ltkernels::diff_sum", _backward_diff_sum, setup_context=_setup_diff)
+backends.register_autograd("ltkernels::diff_dot", _backward_diff_dot, setup_context=_setup_diff)
+backends.register_autograd("ltkernels::diff_scatter", _backward_diff_scatter, setup_context=_setup_diff)

@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from . import _arrays
+from . import _arrays, backends
 from .knn_kde import _answer_dtype
 from .reference import PCL_FORMS
 from .score_select import _like_where_needed, _no_second, _refuse_tangent
@@ -270,7 +270,7 @@ def _backward_pcl(ctx, factor, *_):
     )  # fmt: skip
 
 
-torch.library.register_autograd("ltkernels::pair_sqdist", _backward_sqdist, setup_context=_setup_sqdist)
-torch.library.register_autograd("ltkernels::pcl", _backward_pcl, setup_context=_setup_pcl)
+backends.register_autograd("ltkernels::pair_sqdist", _backward_sqdist, setup_context=_setup_sqdist)
+backends.register_autograd("ltkernels::pcl", _backward_pcl, setup_context=_setup_pcl)
 for _op, _name in (("pair_sqdist_backward", "pairwise_sqdist"), ("pcl_rows", "pcl_loss"), ("pcl_scaled", "pcl_loss")):
     torch.library.register_autograd(f"ltkernels::{_op}", _no_second(_name))

@@ -17,9 +17,10 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _row_chunks(rows: int, cost: int):
-    step = max(1, _CHUNK // max(1, cost))
-    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+def _row_chunks(of: Tensor, cost: int, elements: int = _CHUNK):
+    """Slices of the rows of `of`, each of which costs so many elements. On a card 16 times as many: it has launches to pay for."""
+    step = max(1, (16 * elements if of.is_cuda else elements) // max(1, cost))
+    return (slice(i, min(i + step, len(of))) for i in range(0, len(of), step))
 
 
 def prepare(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +36,7 @@ def prepare(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     centre = centre.nan_to_num(posinf=0, neginf=0)  # float64 beyond float32
     centred = torch.empty(points.shape, dtype=torch.float32, device=points.device)
     sqnorm = torch.empty(len(points), dtype=torch.float32, device=points.device)
-    for rows in _row_chunks(len(points), points.shape[1]):
+    for rows in _row_chunks(points, points.shape[1]):
         shifted = points[rows].to(_arithmetic(points.dtype)) - centre
         centred[rows] = torch.where(finite[rows, None], shifted, 0).float()
         sqnorm[rows] = torch.where(finite[rows], centred[rows].double().square().sum(1), math.inf).float()
@@ -53,7 +54,7 @@ def knn(queries: Tensor, points: Tensor, k: int, self_index: Tensor | None = Non
     index = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     points = points.to(dtype)
     far = ~torch.isfinite(points).all(1)
-    for rows in _row_chunks(len(queries), points.numel()):
+    for rows in _row_chunks(queries, points.numel()):
         chunk = queries[rows].to(dtype)
         distance = (points - chunk[:, None]).square().sum(-1, dtype=torch.float64).to(dtype)  # (rows, N)
         broken = ~torch.isfinite(chunk).all(1, keepdim=True)
@@ -95,7 +96,7 @@ def diff_sum(queries: Tensor, points: Tensor, index: Tensor, coefficient: Tensor
     """(Q, d): sum_i coefficient[q, i] * (points[index[q, i]] - queries[q]). Terms with coefficient 0 count as 0, also at infinity."""
     dtype = _arithmetic(queries.dtype)
     out = torch.empty(queries.shape, dtype=dtype, device=queries.device)
-    for rows in _row_chunks(len(queries), index.shape[1] * queries.shape[1]):
+    for rows in _row_chunks(queries, index.shape[1] * queries.shape[1]):
         out[rows] = _terms(queries[rows], points, index[rows], coefficient[rows]).sum(1)
     return out
 
@@ -110,7 +111,7 @@ def diff_dot(queries: Tensor, points: Tensor, index: Tensor, vector: Tensor) -> 
     """(Q, k): (points[index[q, i]] - queries[q]) . vector[q]. Rows of points with NaN or inf answer 0: their weight is 0 everywhere."""
     dtype = _arithmetic(queries.dtype)
     out = torch.empty(index.shape, dtype=dtype, device=queries.device)
-    for rows in _row_chunks(len(queries), index.shape[1] * queries.shape[1]):
+    for rows in _row_chunks(queries, index.shape[1] * queries.shape[1]):
         neighbour = points[index[rows]].to(dtype)
         dot = ((neighbour - queries[rows, None].to(dtype)) * vector[rows, None]).sum(-1)
         out[rows] = dot.masked_fill(~torch.isfinite(neighbour).all(-1), 0)
@@ -121,7 +122,7 @@ def diff_scatter(queries: Tensor, points: Tensor, index: Tensor, coefficient: Te
     """(N, d): row j sums coefficient[q, i] * (points[j] - queries[q]) over all (q, i) with index[q, i] = j, in the order of (q, i)."""
     dtype = _arithmetic(queries.dtype)
     out = torch.zeros(points.shape, dtype=dtype, device=points.device)
-    for rows in _row_chunks(len(queries), index.shape[1] * queries.shape[1]):
+    for rows in _row_chunks(queries, index.shape[1] * queries.shape[1]):
         scatter_add(out, index[rows].flatten(), _terms(queries[rows], points, index[rows], coefficient[rows]).flatten(0, 1))
     return out
 
@@ -139,7 +140,7 @@ def psel_logits(x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior:
     dtype = _arithmetic(x.dtype)
     points = clean.double()
     logits = torch.empty(len(x), len(clean), dtype=dtype, device=x.device)
-    for rows in _row_chunks(len(x), clean.numel()):
+    for rows in _row_chunks(x, clean.numel()):
         difference = x[rows, None].double() - scale[rows, None, None].double() * points  # rounded to float32, scale * clean would show
         wide = std[rows, None].double()
         logits[rows] = -(difference.square().sum(-1) / wide / wide / 2).to(dtype)  # std^2 could underflow
@@ -163,7 +164,7 @@ def psel_sample(
     Row i is row row_offset + i of the stream that `seed` (1,) names: a batch may be cut anywhere."""
     index, log_normalizer = torch.empty(len(x), dtype=torch.int64, device=x.device), torch.empty_like(scale)
     columns = torch.arange(len(clean), device=x.device)
-    for rows in _row_chunks(len(x), 16 * len(clean)):  # the noise takes a dozen integers a pair
+    for rows in _row_chunks(x, 16 * len(clean)):  # the noise takes a dozen integers a pair
         logits = psel_logits(x[rows], clean, scale[rows], std[rows], log_prior)
         numbers = row_offset + torch.arange(rows.start, rows.stop, device=x.device)
         perturbed = logits + gumbel(philox(seed, numbers, columns)).to(logits.dtype)
@@ -179,7 +180,7 @@ def psel_mix(weight: Tensor, clean: Tensor) -> Tensor:
     dtype = _arithmetic(clean.dtype)
     points = clean.to(dtype)
     out = torch.empty(len(weight), points.shape[1], dtype=dtype, device=points.device)
-    for rows in _row_chunks(len(weight), points.numel()):
+    for rows in _row_chunks(weight, points.numel()):
         share = weight[rows, :, None].to(dtype)
         out[rows] = (share * points).masked_fill(share == 0, 0).sum(1)  # the bits of a matrix product change with the number of threads
     return out
@@ -193,7 +194,7 @@ def psel_mean(x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: T
     """sum_j p_ij clean_j (B, D) in the dtype of x, and the logsumexp (B,)."""
     ops, mean, log_normalizer = torch.ops.ltkernels, torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(scale)
     clean = clean.contiguous()  # once, not in every chunk
-    for rows in _mix_chunks(x, clean):
+    for rows in _row_chunks(x, max(clean.shape), _MIX_CHUNK):
         p, log_normalizer[rows] = ops.psel(x[rows], clean, scale[rows], std[rows], log_prior)
         mean[rows] = ops.psel_mix(p, clean).to(x.dtype)
         del p  # or two of them would be alive
@@ -220,7 +221,7 @@ def psel_mean_backward(
     transposed = points.T.contiguous()
 
     def logits():
-        for rows in _mix_chunks(x, clean):
+        for rows in _row_chunks(x, max(clean.shape), _MIX_CHUNK):
             p, _ = ops.psel(x[rows], clean, scale[rows], std[rows], log_prior)
             if shares is not None:
                 shares.add_(ops.psel_mix(p.T.contiguous(), wide[rows]))
@@ -277,16 +278,11 @@ def _centred(clean: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(finite[:, None], wide - centre, 0), centre
 
 
-def _mix_chunks(x: Tensor, clean: Tensor):
-    step = max(1, _MIX_CHUNK // max(1, *clean.shape))
-    return (slice(i, min(i + step, len(x))) for i in range(0, len(x), step))
-
-
 def pair_sqdist(x: Tensor, y: Tensor) -> Tensor:
     """|x_i - y_j|^2 (B, B'), by direct differences."""
     out = torch.empty(len(x), len(y), dtype=_arithmetic(x.dtype), device=x.device)
     points = y.double()
-    for rows in _row_chunks(len(x), y.numel()):
+    for rows in _row_chunks(x, y.numel()):
         out[rows] = (x[rows, None].double() - points).square().sum(-1).to(out.dtype)
     return out
 
@@ -325,7 +321,7 @@ def pcl_rows(
     mu_grad = torch.zeros(mu.shape if grad else 0, dtype=dtype, device=mu.device)
     partner_grad = torch.zeros(points.shape if other_grad else 0, dtype=torch.float64, device=mu.device)
     wide, broken = points.double(), ~torch.isfinite(points).all(1)
-    for rows in _row_chunks(len(mu), points.numel()):
+    for rows in _row_chunks(mu, points.numel()):
         difference = mu[rows, None].double() - wide  # (rows, B', D)
         d = scale * difference.square().sum(-1)
         counts = labels[rows, None] != their_labels

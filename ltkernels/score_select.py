@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _arrays
+from . import _arrays, backends
 from .bank import Bank
 from .knn_kde import _answer_dtype, _has_tangent
 
@@ -58,7 +58,7 @@ def p_sel(x_t, clean, scale, std, *, log_prior=None) -> Tensor:
 def posterior_mean(x_t, clean, scale, std, *, log_prior=None) -> Tensor:
     r"""sum_j p[i, j] clean[j] for the p of `p_sel`: the ideal denoiser of the set `clean`, like x_t in shape and dtype.   (001: Eq. 5, 6)
 
-    Arguments, errors and determinism as in `p_sel`. p is made for a few rows at a time: 16 MB of it, for K and D up to
+    Arguments, errors and determinism as in `p_sel`. p is made for a few rows at a time: 16 MB of it, on a card 256 MB, for K and D up to
     4 million. Differentiable once in x_t, clean, scale, std and log_prior; that takes three times the size of clean, with clean's own
     gradient eight times.
 
@@ -111,9 +111,11 @@ def score_select(
     if gate not in _GATES:
         raise ValueError(f"{op}: gate must be one of {', '.join(_GATES)}; got {gate!r}")
     kind = _arrays.in_kind(x_t)
-    x, points, scale, std, log_prior = _checked(op, x_t, clean, scale, std, log_prior)
-    own = _own_rows(op, self_index, len(x), len(points), x.device, gate)
-    counts = None if gate == "full" else _gate_counts(op, gate, labels, class_counts, self_labels, own, len(points), x.device)
+    doubts = []
+    x, points, scale, std, log_prior = _checked(op, x_t, clean, scale, std, log_prior, doubts=doubts)
+    own = _own_rows(op, self_index, len(x), len(points), x.device, gate, doubts)
+    counts = None if gate == "full" else _gate_counts(op, gate, labels, class_counts, self_labels, own, len(points), x.device, doubts)
+    _arrays.settle(doubts)
     if isinstance(row_offset, bool) or not isinstance(row_offset, (Integral, torch.SymInt)) or not 0 <= row_offset < 2**63:
         raise ValueError(f"{op}: row_offset must be an int in [0, 2^63); got {row_offset!r}")
     with torch.no_grad():
@@ -160,8 +162,11 @@ def denoising_target(x_t, x0, scale, std, *, prediction: str = "epsilon") -> Ten
     return kind(target.to(x.dtype))
 
 
-def _checked(op: str, x_t, clean, scale, std, log_prior, name: str = "clean") -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """x_t and clean as they came but of one dtype; scale, std (B,) and log_prior (K,) in the dtype of the answers."""
+def _checked(
+    op: str, x_t, clean, scale, std, log_prior, name: str = "clean", doubts: list | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """x_t and clean as they came but of one dtype; scale, std (B,) and log_prior (K,) in the dtype of the answers. What is doubted of their
+    values is settled here, or left to a caller who has further `doubts`."""
     x = _samples(op, "x_t", x_t)
     if isinstance(clean, Bank):
         if clean.log_weight is not None:
@@ -181,8 +186,12 @@ def _checked(op: str, x_t, clean, scale, std, log_prior, name: str = "clean") ->
             raise TypeError(f"{op}: expected x_t and {name} of one dtype; got {x.dtype} and {clean.dtype}")
         x = x.to(clean.dtype)  # clean may be a whole data set: autocast must not copy it
     dtype = _answer_dtype(x)
-    scale, std = _coefficient(op, "scale", scale, x, dtype), _coefficient(op, "std", std, x, dtype)
-    return x, clean, scale, std, None if log_prior is None else _log_prior(op, log_prior, clean, dtype)
+    own = [] if doubts is None else doubts
+    scale, std = _coefficient(op, "scale", scale, x, dtype, own), _coefficient(op, "std", std, x, dtype, own)
+    log_prior = None if log_prior is None else _log_prior(op, log_prior, clean, dtype, own)
+    if doubts is None:
+        _arrays.settle(own)
+    return x, clean, scale, std, log_prior
 
 
 def _samples(op: str, name: str, value) -> Tensor:
@@ -200,7 +209,7 @@ def _refuse_tangent(op: str, value: Tensor) -> None:
         raise NotImplementedError(f"{op}: no forward-mode derivatives; use torch.autograd.grad")
 
 
-def _coefficient(op: str, name: str, value, x: Tensor, dtype: torch.dtype) -> Tensor:
+def _coefficient(op: str, name: str, value, x: Tensor, dtype: torch.dtype, doubts: list) -> Tensor:
     if isinstance(value, Real) and not isinstance(value, bool):  # the loops of training and sampling: no tensor has to be read back
         limits = torch.finfo(dtype)
         if not abs(value) <= limits.max:
@@ -217,14 +226,18 @@ def _coefficient(op: str, name: str, value, x: Tensor, dtype: torch.dtype) -> Te
         raise ValueError(f"{op}: expected {name} on the device of x_t, {x.device}; got {value.device}")
     _refuse_tangent(op, value)
     value = value.to(device=x.device, dtype=dtype)
-    if not torch.compiler.is_compiling() and not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{op}: {name} must be finite in {dtype}; got {value.detach()[~torch.isfinite(value)].flatten()[0].item()}")
-    if name == "std" and not torch.compiler.is_compiling() and not bool((value >= torch.finfo(dtype).tiny).all()):
-        raise ValueError(f"{op}: std must be positive in {dtype}; got {value.detach().min().item()}")
+    finite = torch.isfinite(value)
+    fits = finite & (value >= torch.finfo(dtype).tiny) if name == "std" else finite
+
+    def error() -> ValueError:
+        wanted, kept = ("positive", fits) if finite.all() else ("finite", finite)
+        return ValueError(f"{op}: {name} must be {wanted} in {dtype}; got {value.detach()[~kept][0].item()}")
+
+    doubts.append((~fits.all(), error))
     return value.expand(len(x)).contiguous()
 
 
-def _log_prior(op: str, log_prior, clean: Tensor, dtype: torch.dtype) -> Tensor:
+def _log_prior(op: str, log_prior, clean: Tensor, dtype: torch.dtype, doubts: list) -> Tensor:
     log_prior = _arrays.tensor(op, "log_prior", log_prior)
     if log_prior.shape != clean.shape[:1]:
         raise ValueError(f"{op}: expected log_prior with one entry a row of clean, shape ({len(clean)},); got {tuple(log_prior.shape)}")
@@ -234,23 +247,26 @@ def _log_prior(op: str, log_prior, clean: Tensor, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"{op}: expected log_prior on the device of clean, {clean.device}; got {log_prior.device}")
     _refuse_tangent(op, log_prior)
     cast = log_prior.to(dtype)
-    if not torch.compiler.is_compiling() and not bool((cast < math.inf).all()):
-        raise ValueError(f"{op}: log_prior must be below infinity in {dtype}; got {log_prior.detach()[~(cast < math.inf)][0].item()}")
+    fits = cast < math.inf
+    doubts.append(
+        (~fits.all(), lambda: ValueError(f"{op}: log_prior must be below infinity in {dtype}; got {log_prior.detach()[~fits][0].item()}"))
+    )
     return cast.contiguous()
 
 
-def _integers(op: str, name: str, value, length: int, device: torch.device, low: int, high: int) -> Tensor:
+def _integers(op: str, name: str, value, length: int, device: torch.device, low: int, high: int, doubts: list) -> Tensor:
+    """The same tensor, clamped: what is wrong with it is settled later."""
     value = _arrays.tensor(op, name, value)
     if value.dtype != torch.int64 or value.shape != (length,):
         raise ValueError(f"{op}: expected {name} as an int64 tensor of shape ({length},); got {value.dtype} of shape {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{op}: expected {name} on the device of x_t, {device}; got {value.device}")
-    if not torch.compiler.is_compiling() and bool(((value < low) | (value >= high)).any()):
-        raise ValueError(f"{op}: {name} must be in [{low}, {high}); got {value.min().item()} .. {value.max().item()}")
-    return value
+    wrong = ((value < low) | (value >= high)).any()
+    doubts.append((wrong, lambda: ValueError(f"{op}: {name} must be in [{low}, {high}); got {value.min().item()} .. {value.max().item()}")))
+    return value.clamp(low, high - 1)
 
 
-def _own_rows(op: str, self_index, rows: int, k: int, device: torch.device, gate: str) -> Tensor:
+def _own_rows(op: str, self_index, rows: int, k: int, device: torch.device, gate: str, doubts: list) -> Tensor:
     if self_index is None or self_index is True:
         if rows == k:
             return torch.arange(rows, device=device)
@@ -259,10 +275,12 @@ def _own_rows(op: str, self_index, rows: int, k: int, device: torch.device, gate
         if gate == "full":
             return torch.full((rows,), -1, device=device)
         raise ValueError(f"{op}: self_index is required for gate {gate!r} where B != K; got B={rows} and K={k}")
-    return _integers(op, "self_index", self_index, rows, device, -1 if gate == "full" else 0, k)
+    return _integers(op, "self_index", self_index, rows, device, -1 if gate == "full" else 0, k, doubts)
 
 
-def _gate_counts(op: str, gate: str, labels, class_counts, self_labels, own: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _gate_counts(
+    op: str, gate: str, labels, class_counts, self_labels, own: Tensor, k: int, device: torch.device, doubts: list
+) -> tuple[Tensor, Tensor]:
     """Training count of the class of every row of clean (K,), and of every row of x_t (B,)."""
     for name, value in (("labels", labels), ("class_counts", class_counts)):
         if value is None:
@@ -270,13 +288,12 @@ def _gate_counts(op: str, gate: str, labels, class_counts, self_labels, own: Ten
     counts = _arrays.tensor(op, "class_counts", torch.tensor(class_counts) if _is_list_of_numbers(class_counts) else class_counts)
     if counts.dim() != 1 or len(counts) == 0 or counts.is_complex():
         raise ValueError(f"{op}: expected class_counts of shape (C,), the rows of each class; got shape {tuple(counts.shape)}")
-    if not torch.compiler.is_compiling() and not bool((counts >= 0).all()):
-        raise ValueError(f"{op}: class_counts must be >= 0; got {counts.min().item()}")
     counts = counts.to(device)
-    there = counts[_integers(op, "labels", labels, k, device, 0, len(counts))]
+    doubts.append((~(counts >= 0).all(), lambda: ValueError(f"{op}: class_counts must be >= 0; got {counts.min().item()}")))
+    there = counts[_integers(op, "labels", labels, k, device, 0, len(counts), doubts)]
     if self_labels is None:
         return there, there[own]
-    return there, counts[_integers(op, "self_labels", self_labels, len(own), device, 0, len(counts))]
+    return there, counts[_integers(op, "self_labels", self_labels, len(own), device, 0, len(counts), doubts)]
 
 
 def _is_list_of_numbers(value) -> bool:
@@ -289,7 +306,7 @@ def _seed(op: str, seed, device: torch.device) -> Tensor:
     if isinstance(seed, Integral) and not isinstance(seed, bool):
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"{op}: seed must fit 64 bits; got {seed}")
-        return torch.tensor([seed - 2**64 if seed >= 2**63 else seed], device=device)
+        return torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)  # nothing to copy
     if isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.dim() == 0:
         return seed.reshape(1).to(device)
     fact = f"{seed.dtype} of shape {tuple(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
@@ -376,8 +393,8 @@ def _no_second(op: str):
     return backward
 
 
-torch.library.register_autograd("ltkernels::psel", _backward_psel, setup_context=_setup_psel)
-torch.library.register_autograd("ltkernels::psel_mean", _backward_psel_mean, setup_context=_setup_psel_mean)
+backends.register_autograd("ltkernels::psel", _backward_psel, setup_context=_setup_psel)
+backends.register_autograd("ltkernels::psel_mean", _backward_psel_mean, setup_context=_setup_psel_mean)
 torch.library.register_autograd("ltkernels::psel_backward", _no_second("p_sel"))
 torch.library.register_autograd("ltkernels::psel_mean_backward", _no_second("posterior_mean"))
 torch.library.register_autograd("ltkernels::psel_sample", _no_second("score_select"))

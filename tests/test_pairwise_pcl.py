@@ -25,8 +25,9 @@ def exact(
     mu, labels, *, form="exponential", sample_weight=1.0, margin=None, distance="mean", group=None, other=None, other_labels=None,
     other_group=None, reduction="mean",
 ):  # fmt: skip
-    """The loss in float64 from the formula, differentiable; how far it may be off where d is off by 1e-6 max(1, d); and the sizes of the
-    terms of every row's gradient in mu (and in other), summed: where they cancel, the norm of the gradient is no measure."""
+    """The loss in float64 from the formula, differentiable; how far it may be off where d is off by 1e-6 max(1, d); and how far every row's
+    gradient in mu (and in other) may be beyond a part of its norm: by 2e-7 of its terms, since they may cancel, and with exp(-d) by the
+    1e-6 d that d may be off."""
     x, y = mu.double().flatten(1), (mu if other is None else other).double().flatten(1)
     d = (x[:, None] - y).square().sum(-1) / (x.shape[1] if distance == "mean" else 1)
     counts = labels[:, None] != (labels if other is None else other_labels)
@@ -48,8 +49,10 @@ def exact(
     allowed = (weight.abs() * d.clamp(min=1) * torch.maximum(phi.abs(), slope * d) * counts).sum().detach() * 1e-6
     scale = 1 / x.shape[1] if distance == "mean" else 1
     terms = (weight * slope * counts * 2 * (scale * d).sqrt()).detach() / divisor
-    sizes = ((terms + terms.T).sum(1),) if other is None else (terms.sum(1), terms.sum(0))
-    return (weight * torch.where(counts, phi, 0)).sum() / divisor, allowed / divisor, sizes
+    terms = terms * (2e-7 + 1e-6 * d if form == "exponential" else 2e-7)
+    terms = terms.detach()
+    slack = ((terms + terms.T).sum(1),) if other is None else (terms.sum(1), terms.sum(0))
+    return (weight * torch.where(counts, phi, 0)).sum() / divisor, allowed / divisor, slack
 
 
 def random_batch(b: int, d: int, dtype=torch.float32, classes: int = 4):
@@ -74,19 +77,19 @@ def assert_loss(mu, labels, device, other=None, gradient=1e-5, **options):
     given = [x.detach().to(device).requires_grad_() for x in rows]
     moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     loss = pcl_loss(given[0], labels.to(device), other=None if other is None else given[1], **moved)
-    expected, allowed, sizes = exact(rows[0], labels, other=None if other is None else rows[1], **options)
+    expected, allowed, slack = exact(rows[0], labels, other=None if other is None else rows[1], **options)
     assert loss.shape == () and loss.dtype == (torch.float64 if mu.dtype == torch.float64 else torch.float32)
     error = (loss.double().cpu() - expected).abs()
     assert error <= allowed + 1e-45, f"loss {loss.item()} is off by {error.item():.1e}; allowed {allowed.item():.1e}"
     wide = [x.detach().double().requires_grad_() for x in rows]
     value, *_ = exact(wide[0], labels, other=None if other is None else wide[1], **options)
     rounding = {torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(mu.dtype, 0)
-    for mine, true, size in zip(torch.autograd.grad(loss, given), torch.autograd.grad(value, wide), sizes, strict=True):
+    for mine, true, more in zip(torch.autograd.grad(loss, given), torch.autograd.grad(value, wide), slack, strict=True):
         assert mine.dtype == mu.dtype and mine.shape == true.shape
         off = (mine.double().cpu() - true).flatten(1).norm(dim=1)
         norm = true.flatten(1).norm(dim=1)
         small = 1e-7 * math.sqrt(true[0].numel()) if mu.dtype == torch.float16 else 1e-36  # half the smallest number of float16
-        assert (off <= (gradient + rounding) * norm + 2e-7 * size + small).all(), f"a gradient is off by {(off / norm).max().item():.1e}"
+        assert (off <= (gradient + rounding) * norm + more + small).all(), f"a gradient is off by {(off / norm).max().item():.1e}"
 
 
 def options(form: str, b: int, seed: int = 0) -> dict:

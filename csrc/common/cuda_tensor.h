@@ -1,6 +1,7 @@
 // What the .cu files of all ops do with tensors before a launch.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>  // torch 2.11 has STD_CUDA_CHECK here and includes it nowhere else
 #include <torch/csrc/stable/ops.h>
 
 #include <initializer_list>

@@ -29,8 +29,8 @@ struct ErrorBound {
 inline ErrorBound error_bound(int d, int terms) {
   const double u = 0x1p-24, steps = (d + 7) / 8;
   const double f = ((d + kDepth - 1) / kDepth + 8) * u;  // of f itself: the difference, d / 32 additions, a tree
-  // tf32 truncates its operands; of 3xTF32 one product of rests and two of errors are left out.
-  const double operands = terms == 1 ? 0x1p-9 + 0x1p-20 : 3.1 * 0x1p-22;
+  // One operand is rounded to tf32, the other truncated; of 3xTF32 one product of rests and two of errors are left out.
+  const double operands = terms == 1 ? 0x1p-11 + 0x1p-10 + 0x1p-21 : 3.1 * 0x1p-22;
   // Tensor cores truncate what they add (2^-23): 10 times a step, 8 products, the accumulator, the alignment.
   const double sums = terms == 1 ? 10 * steps * 0x1p-23 : 10.2 * 0x1p-23 + steps * u;
   ErrorBound e;
@@ -103,20 +103,12 @@ __device__ __forceinline__ int piece_offset(int row, int piece) {
   return row * kDepth + ((piece ^ ((row & 3) << 1)) << 2);
 }
 
-__device__ __forceinline__ void stage(float* tile, const float* source, int64_t row, int piece, int tile_row, int l,
-                                      const FilterParams& p, bool cached) {
-  float* target = tile + piece_offset(tile_row, piece);
-  if (p.vector) {
-    const bool valid = row >= 0 && l < p.d;
-    const float* from = source + (valid ? row * p.d + l : 0);
-    if (cached) ptx::cp_async<16, true>(target, from, valid);
-    else ptx::cp_async<16>(target, from, valid);
-  } else {
+// Rows that do not start at 16-byte boundaries, number by number.
+__device__ __forceinline__ void stage(float* target, const float* source, int64_t row, int l, int d) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const bool valid = row >= 0 && l + e < p.d;
-      ptx::cp_async<4>(target + e, source + (valid ? row * p.d + l + e : 0), valid);
-    }
+  for (int e = 0; e < 4; ++e) {
+    const bool valid = row >= 0 && l + e < d;
+    ptx::cp_async<4>(target + e, source + (valid ? row * d + l + e : 0), valid);
   }
 }
 
@@ -150,7 +142,14 @@ __device__ __forceinline__ void multiply(float (&acc)[2][8][4], const float* que
       const int row = warp / 2 * 32 + m * 16 + g;
       fragment(queries, row, step, a[m][0], a[m][2]);
       fragment(queries, row + 8, step, a[m][1], a[m][3]);
-      if constexpr (kTerms == 3) split_tf32(a[m], a_rest[m]);
+      if constexpr (kTerms == 3) {
+        split_tf32(a[m], a_rest[m]);
+      } else {
+        // Rounded, since the tensor core would truncate. Unchanged, the pairs read above are moved into fours before each product: 64 moves
+        // for 16 of them.
+#pragma unroll
+        for (int e = 0; e < 4; ++e) a[m][e] += 0x1000u;
+      }
     }
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
@@ -254,11 +253,26 @@ __global__ void __launch_bounds__(kFilterThreads, kTerms == 1 ? 2 : 1) filter_ke
   __syncthreads();
 
   const auto fetch = [&](int64_t column, int chunk, int buffer) {
+    constexpr int kPieces = kDepth / 4, kRows = kFilterThreads / kPieces;  // of a row, and rows that all threads fetch at once
+    static_assert(kRows % 4 == 0, "a thread's rows are permuted alike");
+    const int r0 = tid / kPieces, l = chunk * kDepth + tid % kPieces * 4;
+    float *queries = sm.tile[buffer][0] + piece_offset(r0, tid % kPieces), *bank = sm.tile[buffer][1] + piece_offset(r0, tid % kPieces);
+    if (p.vector) {
+      const float* from = p.bank + (column + r0) * p.d + l;
+      const int rows = static_cast<int>(min(last - column, int64_t{kTile}));
+#pragma unroll
+      for (int r = 0; r < kTile; r += kRows) {
+        const int row = sm.row[r0 + r];
+        const bool mine = row >= 0 && l < p.d, theirs = r0 + r < rows && l < p.d;
+        ptx::cp_async<16, true>(queries + r * kDepth, mine ? p.w.centred + static_cast<int64_t>(row) * p.d + l : p.w.centred, mine);
+        ptx::cp_async<16>(bank + r * kDepth, theirs ? from + int64_t{r} * p.d : p.bank, theirs);
+      }
+    } else {
 #pragma unroll 1
-    for (int i = tid; i < kTile * kDepth / 4; i += kFilterThreads) {
-      const int r = i / (kDepth / 4), piece = i % (kDepth / 4), l = chunk * kDepth + 4 * piece;
-      stage(sm.tile[buffer][0], p.w.centred, sm.row[r], piece, r, l, p, true);
-      stage(sm.tile[buffer][1], p.bank, column + r < last ? column + r : -1, piece, r, l, p, false);
+      for (int r = 0; r < kTile; r += kRows) {
+        stage(queries + r * kDepth, p.w.centred, sm.row[r0 + r], l, p.d);
+        stage(bank + r * kDepth, p.bank, column + r0 + r < last ? column + r0 + r : -1, l, p.d);
+      }
     }
   };
   const int chunks = (p.d + kDepth - 1) / kDepth;

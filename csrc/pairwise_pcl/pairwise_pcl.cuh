@@ -92,16 +92,26 @@ struct TileShared {
   int broken_x[kTile], broken_y[kTile];  // rows with NaN or inf
 };
 
-// Coordinates from .. of kTile rows, or as many as there are, transposed; 0 beyond the edges. Notes rows with NaN or inf.
+constexpr int kFetch = kTile * kSlab / kThreads, kFetchRows = kThreads / kSlab;  // numbers of a slab a thread, rows of a pass
+
+// A thread's part of coordinates from .. of kTile rows, or as many as there are; 0 beyond the edges.
 template <class T>
-__device__ __forceinline__ void load_slab(const T* x, int64_t rows, int64_t d, int64_t from, float (*slab)[kStride], int* broken) {
-  const int l = threadIdx.x % kSlab;
-  const T* at = x + threadIdx.x / kSlab * d + from + l;
-#pragma unroll 4
-  for (int r = threadIdx.x / kSlab; r < kTile; r += kThreads / kSlab, at += kThreads / kSlab * d) {
-    const float v = r < rows && from + l < d ? widened(*at) : 0.0f;
-    slab[l][r] = v;
-    if (!finite(v)) atomicOr(&broken[r], 1);
+__device__ __forceinline__ void fetch_slab(const T* x, int64_t rows, int64_t d, int64_t from, float (&part)[kFetch]) {
+  const int64_t l = from + threadIdx.x % kSlab;
+  const T* at = x + threadIdx.x / kSlab * d + l;
+#pragma unroll
+  for (int i = 0; i < kFetch; ++i, at += kFetchRows * d) {
+    part[i] = threadIdx.x / kSlab + i * kFetchRows < rows && l < d ? widened(*at) : 0.0f;
+  }
+}
+
+// Those parts, transposed. Notes rows with NaN or inf.
+__device__ __forceinline__ void put_slab(const float (&part)[kFetch], float (*slab)[kStride], int* broken) {
+#pragma unroll
+  for (int i = 0; i < kFetch; ++i) {
+    const int r = threadIdx.x / kSlab + i * kFetchRows;
+    slab[threadIdx.x % kSlab][r] = part[i];
+    if (!finite(part[i])) atomicOr(&broken[r], 1);
   }
 }
 
@@ -115,9 +125,12 @@ __device__ __forceinline__ void distances(TileShared& sm, const T* x, int64_t x_
   float total[kLane][kLane] = {}, excess[kLane][kLane] = {};  // of total over the sum so far (Kahan, 1965)
   if (threadIdx.x < kTile) sm.broken_x[threadIdx.x] = sm.broken_y[threadIdx.x] = 0;
   for (int64_t from = 0; from < d; from += kSlab) {
+    float part_x[kFetch], part_y[kFetch];  // all under way at once; a slab ahead of the sums they would spill
+    fetch_slab(x, x_rows, d, from, part_x);
+    fetch_slab(y, y_rows, d, from, part_y);
     __syncthreads();  // the slab before has been read
-    load_slab(x, x_rows, d, from, sm.slab.x, sm.broken_x);
-    load_slab(y, y_rows, d, from, sm.slab.y, sm.broken_y);
+    put_slab(part_x, sm.slab.x, sm.broken_x);
+    put_slab(part_y, sm.slab.y, sm.broken_y);
     __syncthreads();
     for (int first = share * kShare; first < (share + 1) * kShare; first += kChain) {
       float chain[kLane][kLane] = {};
@@ -306,16 +319,36 @@ __global__ void __launch_bounds__(kThreads, 2) pull_kernel(Pull<T> p) {
       x[a][b] = r < p.rows && l < p.d ? widened(p.x[r * p.d + l]) : 0.0f;
     }
   }
+  constexpr int kParts = kPullTile * kPullSlab / kThreads;
+  float next_coefficient[kParts], next_y[kParts];  // under way while those before are summed
+  const auto place = [&](int n, int& r, int& k) {
+    const int i = threadIdx.x + n * kThreads;
+    r = p.transposed ? i % kPullTile : i / kPullSlab;  // coalesced
+    k = p.transposed ? i / kPullTile : i % kPullSlab;
+  };
+  const auto fetch = [&](int from) {
+#pragma unroll
+    for (int n = 0; n < kParts; ++n) {
+      int r, k;
+      place(n, r, k);
+      const int rr = first_row + r, jj = from + k, at = p.transposed ? jj * p.rows + rr : rr * p.columns + jj;
+      next_coefficient[n] = rr < p.rows && jj < p.columns ? p.coefficient[at] : 0.0f;
+      const int64_t j = from + (threadIdx.x + n * kThreads) / kPullTile, l = first_l + threadIdx.x % kPullTile;
+      next_y[n] = j < p.columns && l < p.d ? widened(p.y[j * p.d + l]) : 0.0f;
+    }
+  };
+  fetch(0);
   for (int from = 0; from < p.columns; from += kPullSlab) {
     __syncthreads();  // the rows before have been read
-    for (int i = threadIdx.x; i < kPullTile * kPullSlab; i += kThreads) {
-      const int r = p.transposed ? i % kPullTile : i / kPullSlab, k = p.transposed ? i / kPullTile : i % kPullSlab;  // coalesced
-      const int rr = first_row + r, jj = from + k, at = p.transposed ? jj * p.rows + rr : rr * p.columns + jj;
-      sm.coefficient[k][r] = rr < p.rows && jj < p.columns ? p.coefficient[at] : 0.0f;
-      const int64_t j = from + i / kPullTile, l = first_l + i % kPullTile;
-      sm.y[i / kPullTile][i % kPullTile] = j < p.columns && l < p.d ? widened(p.y[j * p.d + l]) : 0.0f;
+#pragma unroll
+    for (int n = 0; n < kParts; ++n) {
+      int r, k;
+      place(n, r, k);
+      sm.coefficient[k][r] = next_coefficient[n];
+      sm.y[(threadIdx.x + n * kThreads) / kPullTile][threadIdx.x % kPullTile] = next_y[n];
     }
     __syncthreads();
+    fetch(from + kPullSlab);
     float chain[kPullLane][kPullLane] = {};  // so that 32768 columns round like 2048
 #pragma unroll 4
     for (int k = 0; k < kPullSlab; ++k) {

@@ -75,16 +75,26 @@ struct ScoreShared {
   int broken[kTile];  // rows of x with NaN or inf
 };
 
-// Rows first .. of a matrix, coordinates from .. of them, transposed; 0 beyond its edges. Notes rows with NaN or inf.
+constexpr int kFetch = kTile * kSlab / kThreads, kFetchRows = kThreads / kSlab;  // numbers of a slab a thread, rows of a pass
+
+// A thread's part of rows first .. of a matrix, coordinates from .. of them; 0 beyond its edges.
 template <class T>
-__device__ void load_slab(const T* matrix, int64_t rows, int64_t d, int64_t first, int64_t from, float (*slab)[kStride],
-                          int* broken) {
-  for (int i = threadIdx.x; i < kTile * kSlab; i += kThreads) {
-    const int r = i / kSlab, l = i % kSlab;
-    const bool inside = first + r < rows && from + l < d;
-    const float v = inside ? widened(matrix[(first + r) * d + from + l]) : 0.0f;
-    slab[l][r] = v;
-    if (broken && !finite(v)) atomicOr(&broken[r], 1);
+__device__ __forceinline__ void fetch_slab(const T* matrix, int64_t rows, int64_t d, int64_t first, int64_t from, float (&part)[kFetch]) {
+  const int64_t l = from + threadIdx.x % kSlab, row = first + threadIdx.x / kSlab;
+#pragma unroll
+  for (int i = 0; i < kFetch; ++i) {
+    const int64_t r = row + i * kFetchRows;
+    part[i] = r < rows && l < d ? widened(matrix[r * d + l]) : 0.0f;
+  }
+}
+
+// Those parts, transposed. Notes rows with NaN or inf.
+__device__ __forceinline__ void put_slab(const float (&part)[kFetch], float (*slab)[kStride], int* broken) {
+#pragma unroll
+  for (int i = 0; i < kFetch; ++i) {
+    const int r = threadIdx.x / kSlab + i * kFetchRows;
+    slab[threadIdx.x % kSlab][r] = part[i];
+    if (broken && !finite(part[i])) atomicOr(&broken[r], 1);
   }
 }
 
@@ -97,9 +107,12 @@ __device__ void distances(ScoreShared& sm, const Problem<T>& p, int64_t first_ro
   for (int a = 0; a < kLane; ++a) scale[a] = sm.scale[row + a];
   int slabs = 0;
   for (int64_t from = 0; from < p.d; from += kSlab) {
+    float part_x[kFetch], part_clean[kFetch];  // all under way at once; a slab ahead of the sums they would spill
+    fetch_slab(p.x, p.rows, p.d, first_row, from, part_x);
+    fetch_slab(p.clean, p.columns, p.d, first_column, from, part_clean);
     __syncthreads();  // the slab before, or the sums of the tile before, have been read
-    load_slab(p.x, p.rows, p.d, first_row, from, sm.slab.x, sm.broken);
-    load_slab(p.clean, p.columns, p.d, first_column, from, sm.slab.clean, nullptr);
+    put_slab(part_x, sm.slab.x, sm.broken);
+    put_slab(part_clean, sm.slab.clean, nullptr);
     __syncthreads();
     for (int l = warp * kShare; l < (warp + 1) * kShare; ++l) {
       float x[kLane], clean[kLaneColumns];
@@ -293,16 +306,30 @@ __global__ void __launch_bounds__(kThreads, 2) mix_kernel(Mixture<T> m, int64_t 
   const int64_t first_row = blockIdx.x % row_tiles * kMixTile, first_l = blockIdx.x / row_tiles * kMixTile;
   const int row = threadIdx.x / 16 * kMixLane, column = threadIdx.x % 16 * kMixLane;
   float total[kMixLane][kMixLane] = {}, chain[kMixLane][kMixLane] = {};
+  constexpr int kParts = kMixTile * kMixSlab / kThreads;
+  float next_weight[kParts], next_clean[kParts];  // under way while a slab is summed
+  const auto fetch = [&](int64_t from) {
+#pragma unroll
+    for (int n = 0; n < kParts; ++n) {
+      const int i = threadIdx.x + n * kThreads;
+      const int64_t r = first_row + i / kMixSlab, j = from + i % kMixSlab;
+      next_weight[n] = r < m.rows && j < m.columns ? m.weight[r * m.columns + j] : 0.0f;
+      const int64_t jj = from + i / kMixTile, l = first_l + i % kMixTile;
+      next_clean[n] = jj < m.columns && l < m.d ? widened(m.clean[jj * m.d + l]) : 0.0f;
+    }
+  };
+  fetch(0);
   int slabs = 0;
   for (int64_t from = 0; from < m.columns; from += kMixSlab) {
     __syncthreads();  // the slab before has been read
-    for (int i = threadIdx.x; i < kMixTile * kMixSlab; i += kThreads) {
-      const int64_t r = first_row + i / kMixSlab, j = from + i % kMixSlab;
-      sm.weight[i % kMixSlab][i / kMixSlab] = r < m.rows && j < m.columns ? m.weight[r * m.columns + j] : 0.0f;
-      const int64_t jj = from + i / kMixTile, l = first_l + i % kMixTile;
-      sm.clean[i / kMixTile][i % kMixTile] = jj < m.columns && l < m.d ? widened(m.clean[jj * m.d + l]) : 0.0f;
+#pragma unroll
+    for (int n = 0; n < kParts; ++n) {
+      const int i = threadIdx.x + n * kThreads;
+      sm.weight[i % kMixSlab][i / kMixSlab] = next_weight[n];
+      sm.clean[i / kMixTile][i % kMixTile] = next_clean[n];
     }
     __syncthreads();
+    fetch(from + kMixSlab);
 #pragma unroll
     for (int k = 0; k < kMixSlab; ++k) {
       float clean[kMixLane];

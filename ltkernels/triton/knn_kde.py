@@ -27,6 +27,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .knn_kde_kernels import GROUP, _columns, _density, _filter, _merge, _rows, _select
 
 INTERPRETED = triton.knobs.runtime.interpret
+SPREAD = 128  # groups whose columns `_select` lists at a time; k = 64 is one turn
+# Marks cost every tile of the filter and save exact distances, which are as many as k d for each query whatever the bank's size. On an
+# H100, k = 64: 20000 x 512 in 7.5 instead of 8.6 ms; 20000 x 64 in 3.8 and 3.8; 4096 queries of 500000 x 128 in 6.1 and 4.8
+MARKED_SHARE = 0.5  # of the bank's rows that k d has to reach: at most 2^21 rows then, and a word has 24 bits for the number of a group
 
 
 class Config(NamedTuple):
@@ -39,21 +43,22 @@ class Config(NamedTuple):
     stages: int
     registers: int | None  # cap a thread, None = the compiler's choice
     tma: bool
+    marked: bool = False  # a queued group can say which of its columns passed: an eighth of the exact distances, at the price of registers
     candidates: int = 32  # bank rows whose exact distances `_select` computes together
     merged: int = 1024  # groups, of several queries where they are few, that `_merge` holds together
 
 
 _CONFIGS = {
     # wgmma; two programs fit an SM only below 128 registers, and the cap costs no spill
-    9: Config(rows=128, columns=128, depth=32, warps=8, stages=3, registers=128, tma=True),
-    # tcgen05: the accumulator is in tensor memory
+    9: Config(rows=128, columns=128, depth=32, warps=8, stages=3, registers=128, tma=True, marked=True),
+    # tcgen05: the accumulator is in tensor memory. Marked, it spills (8 to 27 accesses), as does sm_120
     10: Config(rows=128, columns=128, depth=32, warps=8, stages=3, registers=128, tma=True),
     # mma.sync; 99 KiB of shared memory and 128 registers hold two programs of half the queries
     12: Config(rows=64, columns=128, depth=32, warps=8, stages=3, registers=128, tma=True),
     # mma.sync and cp.async: the pointers take the registers of a second program (capped at 128 it spills), so one with a large tile
     8: Config(rows=128, columns=128, depth=32, warps=8, stages=3, registers=None, tma=False),
     # the interpreter pays for each operation, whatever its size
-    0: Config(rows=32, columns=128, depth=64, warps=4, stages=1, registers=None, tma=True, candidates=128, merged=8192),
+    0: Config(rows=32, columns=128, depth=64, warps=4, stages=1, registers=None, tma=True, marked=True, candidates=128, merged=8192),
 }
 # rows that are no multiple of 16 bytes, on any card: 4-byte copies need four times the pointers, and 128 queries of them spill
 _UNALIGNED = Config(rows=64, columns=128, depth=32, warps=8, stages=3, registers=None, tma=False)
@@ -64,7 +69,6 @@ class Problem(NamedTuple):
 
     kp: int  # k rounded up to a power of two
     cap: int  # groups a queue holds
-    compact_rows: int  # queues compacted together
     size: int  # keys a buffer of `_select` holds
     lanes: int  # partial sums of a distance
     block: int  # coordinates `_density` handles together
@@ -89,7 +93,7 @@ def _problem(d: int, k: int) -> Problem:
     # the registers of a compaction
     cap = min(max(128, 8 * kp), 1024)
     lanes = min(max(16, triton.next_power_of_2(d)), 64)
-    return Problem(kp, cap, max(1, 1024 // cap), max(512, 2 * kp), lanes, min(lanes, 64))
+    return Problem(kp, cap, max(512, 2 * kp), lanes, min(lanes, 64))
 
 
 def _error_terms(d: int, lanes: int) -> dict[str, float]:
@@ -135,6 +139,7 @@ class Workspace(NamedTuple):
     exact_count: Tensor  # (1,) int32
     exact_keys: Tensor  # (items, kp) int64
     scratch: Tensor  # (programs, size) int64
+    columns: Tensor  # (programs, 8 spread) int32
 
 
 def _workspace(device, rows: int, columns: int, d: int, splits: int, programs: int, problem: Problem) -> Workspace:
@@ -149,6 +154,7 @@ def _workspace(device, rows: int, columns: int, d: int, splits: int, programs: i
         empty(splits, rows, dtype=int32), empty(splits, rows),
         empty(rows, dtype=int32), empty(rows, dtype=int32), empty(1, dtype=int32),
         empty(max(rows, programs), problem.kp, dtype=int64), empty(programs, problem.size, dtype=int64),
+        empty(programs, 8 * SPREAD, dtype=int32),
     )  # fmt: skip
 
 
@@ -168,10 +174,11 @@ def _neighbours(queries, points, centre, centred, sqnorm, self_index, bound, k, 
     work = _workspace(queries.device, rows, columns, d, splits, programs, problem)
 
     rank = k + (self_index is not None)  # the skipped row may be one of the groups that a bound counts on
+    marked = config.marked and MARKED_SHARE * n_points <= k * d
     terms = error["alpha"], error["beta"], error["tau"], error["slack"]
     _rows[(rows // 16,)](
         queries, centre, bound, work.centred_query, work.row_norm, work.row_bound, work.exact_count,
-        n_queries, d, error["tau"], error["slack"], ROWS=16, BLOCK=128, num_warps=4,
+        n_queries, d, error["tau"], error["slack"], ROWS=16, BLOCK=64, num_warps=4,  # 128 spills on sm_120
     )  # fmt: skip
     _columns[(n_tiles,)](
         sqnorm, work.column_bias, work.group_norm, n_points, error["beta"], error["tau"],
@@ -187,21 +194,22 @@ def _neighbours(queries, points, centre, centred, sqnorm, self_index, bound, k, 
         left, right, work.row_norm, work.row_bound, work.column_bias, work.group_norm,
         work.queue_lower, work.queue_group, work.queue_count, work.queue_bound,
         n_points, d, rank, *terms, n_tiles, triton.cdiv(n_tiles, splits), rows,
-        BQ=config.rows, BN=config.columns, BK=depth, CAP=problem.cap, ROWS=problem.compact_rows, TMA=config.tma, ALIGNED=aligned,
-        PRECISION="tf32", num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+        BQ=config.rows, BN=config.columns, BK=depth, CAP=problem.cap, ROWS=max(1, (512 if marked else 1024) // problem.cap),
+        TMA=config.tma, ALIGNED=aligned, PRECISION="tf32", MARKED=marked,
+        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
     together = min(config.rows, max(1, config.merged // (problem.cap * splits)))
     _merge[(triton.cdiv(n_queries, together),)](
         work.queue_lower, work.queue_group, work.queue_count, work.queue_bound, work.row_norm, work.group_norm,
         work.listed, work.exact_rows, work.exact_count, n_queries, rank, *terms, rows,
-        ROWS=together, CAP=problem.cap, SPLITS=splits, num_warps=4,
+        ROWS=together, CAP=problem.cap, SPLITS=splits, MARKED=marked, num_warps=4,
     )  # fmt: skip
     for source in ("groups", "bank", "parts"):
         _select[(min(programs, n_queries) if source == "groups" else programs,)](
             queries, points, self_index, work.row_norm, work.queue_group, work.listed, work.exact_rows, work.exact_count,
-            work.exact_keys, work.scratch, sqdist, index, n_queries, n_points, d, k,
+            work.exact_keys, work.scratch, work.columns, sqdist, index, n_queries, n_points, d, k,
             SOURCE=source, KP=problem.kp, CAP=problem.cap, SIZE=problem.size, ROWS=config.candidates, LANES=problem.lanes, MAX_PARTS=16,
-            num_warps=4, maxnreg=168,
+            SOME=SPREAD, MARKED=marked and source == "groups", num_warps=4, maxnreg=168,
         )  # fmt: skip
 
 

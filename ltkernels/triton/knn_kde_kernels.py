@@ -9,6 +9,7 @@ _INF = tl.constexpr(float("inf"))
 _LAST = tl.constexpr(2**63 - 1)  # orders behind every (sqdist, index) key
 _HUGE = tl.constexpr(2.0**126)  # an upper bound above this prunes nothing: rows whose sqnorm overflowed are not ruled out by it
 _REGULAR = tl.constexpr(2.0**120)  # |q|^2 above this could overflow a product with a finite bank row
+_NUMBER = tl.constexpr(2**24 - 1)  # a queued word: the group's number, and from bit 24 on which of its columns pass
 
 
 # ---- small device functions --------------------------------------------------------------------------------------------
@@ -43,9 +44,15 @@ def _rank_limit(keys, rank, BITS: tl.constexpr):
 
 
 @triton.jit
-def _tighten(lower, group, live, norm, bound, group_norm, rank, alpha, beta, tau, slack):
+def _group(word, MARKED: tl.constexpr):
+    """The number of a group in a queued word."""
+    return word & _NUMBER if MARKED else word
+
+
+@triton.jit
+def _tighten(lower, word, live, norm, bound, group_norm, rank, alpha, beta, tau, slack, MARKED: tl.constexpr):
     """The smaller of `bound` and what the rank-th smallest upper bound among the queued groups proves, per row of (R, C)."""
-    far = tl.load(group_norm + group, mask=live, other=0.0)
+    far = tl.load(group_norm + _group(word, MARKED), mask=live, other=0.0)
     upper = lower + 2.0 * (alpha * norm[:, None] * far + beta * far * far + tau)
     upper = tl.where(live, upper, _INF)
     limit = _rank_limit(_ordered(upper), rank, 32)
@@ -135,7 +142,7 @@ def _columns(sqnorm, column_bias, group_norm, n_points, beta, tau, BLOCK: tl.con
 @triton.jit
 def _compact(
     queue_lower, queue_group, queue_count, queue_bound, row_norm, group_norm, rank, alpha, beta, tau, slack,
-    BQ: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, ROOM: tl.constexpr,
+    BQ: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, ROOM: tl.constexpr, MARKED: tl.constexpr,
 ):  # fmt: skip
     """Tighten the bound of BQ queues and drop the groups above it. A queue left without ROOM (ties, tight clusters) gives up its
     row to the exact rung: bound -inf. The queue is written by other warps than read it, hence the barriers and .cg loads."""
@@ -150,7 +157,7 @@ def _compact(
         at = row[:, None] * CAP + entry[None, :]
         lower = tl.load(queue_lower + at, mask=live, other=_INF, cache_modifier=".cg")
         group = tl.load(queue_group + at, mask=live, other=0, cache_modifier=".cg")
-        bound = _tighten(lower, group, live, norm, bound, group_norm, rank, alpha, beta, tau, slack)
+        bound = _tighten(lower, group, live, norm, bound, group_norm, rank, alpha, beta, tau, slack, MARKED)
         keep = (live & (lower <= bound[:, None])).to(tl.int32)
         count = tl.sum(keep, 1)
         to = row[:, None] * CAP + tl.cumsum(keep, 1) - keep
@@ -169,7 +176,7 @@ def _filter(
     queue_lower, queue_group, queue_count, queue_bound,
     n_points, d, rank, alpha, beta, tau, slack, n_tiles, tiles_per_split, n_rows,
     BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
-    TMA: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, MARKED: tl.constexpr,
 ):  # fmt: skip
     """Program (i, s): BQ queries against the tiles of bank split s."""
     first_row = tl.program_id(0) * BQ
@@ -211,24 +218,29 @@ def _filter(
                 dot = tl.dot(q, z, dot, input_precision=PRECISION)
 
         group = tile * GROUPS + tl.arange(0, GROUPS)
-        lower = tl.load(column_bias + column)[None, :] - 2.0 * dot
+        key = tl.reshape(tl.load(column_bias + column)[None, :] - 2.0 * dot, [BQ, BN // 32, 4, 4, 2])
         # min skips NaN, which only a row with sqnorm = inf can give: such a row is no candidate once the bound is finite
-        lower = tl.min(tl.min(tl.reshape(lower, [BQ, BN // 32, 4, 4, 2]), 4), 2)
-        lower = tl.reshape(lower, [BQ, GROUPS])
-        lower -= reach[:, None] * tl.load(group_norm + group)[None, :]
+        lower = tl.reshape(tl.min(tl.min(key, 4), 2), [BQ, GROUPS])
+        margin = reach[:, None] * tl.load(group_norm + group)[None, :]
+        lower -= margin
         lower = tl.where(lower == lower, lower, _INF)
         passes = lower <= bound[:, None]
         ones = passes.to(tl.int32)
         at = (row * CAP + count)[:, None] + tl.cumsum(ones, 1) - ones
+        word = tl.broadcast_to(group[None, :], [BQ, GROUPS])
+        if MARKED:
+            bit = (1 << 24) << (2 * tl.arange(0, 4)[:, None, None] + tl.arange(0, 2)[None, None, :])
+            far = key - tl.reshape(margin, [BQ, BN // 32, 1, 4, 1]) > tl.reshape(bound, [BQ, 1, 1, 1, 1])  # not those with NaN
+            word |= tl.reshape(tl.sum(tl.sum(tl.where(far, 0, bit[None, None]), 4), 2), [BQ, GROUPS])
         tl.store(queue_lower + at, lower, mask=passes)
-        tl.store(queue_group + at, tl.broadcast_to(group[None, :], [BQ, GROUPS]), mask=passes)
+        tl.store(queue_group + at, word, mask=passes)
         count += tl.sum(ones, 1)
         if tl.max(count, 0) > CAP - GROUPS:
             tl.store(queue_count + row, count)
             tl.store(queue_bound + row, bound)
             _compact(
                 queue_lower, queue_group, queue_count, queue_bound, row_norm, group_norm,
-                rank, alpha, beta, tau, slack, BQ, CAP, ROWS, GROUPS,
+                rank, alpha, beta, tau, slack, BQ, CAP, ROWS, GROUPS, MARKED,
             )  # fmt: skip
             count = tl.load(queue_count + row, cache_modifier=".cg")
             bound = tl.load(queue_bound + row, cache_modifier=".cg")
@@ -239,7 +251,7 @@ def _filter(
 @triton.jit(do_not_specialize=["n_queries", "rank", "n_rows"])
 def _merge(
     queue_lower, queue_group, queue_count, queue_bound, row_norm, group_norm, listed, exact_rows, exact_count,
-    n_queries, rank, alpha, beta, tau, slack, n_rows, ROWS: tl.constexpr, CAP: tl.constexpr, SPLITS: tl.constexpr,
+    n_queries, rank, alpha, beta, tau, slack, n_rows, ROWS: tl.constexpr, CAP: tl.constexpr, SPLITS: tl.constexpr, MARKED: tl.constexpr,
 ):  # fmt: skip
     """ROWS queries: the groups of a query from all splits, tightened once more, to the front of its first queue; `listed` of them.
     A query that any split gave up, or with more groups than a queue holds, goes to the exact rung instead (listed = 0)."""
@@ -255,7 +267,7 @@ def _merge(
     searched = bound > -_INF
     if tl.max(tl.sum(live.to(tl.int32), 1), 0) > rank:
         norm = tl.load(row_norm + row)
-        bound = _tighten(lower, group, live, norm, bound, group_norm, rank, alpha, beta, tau, slack)
+        bound = _tighten(lower, group, live, norm, bound, group_norm, rank, alpha, beta, tau, slack, MARKED)
     keep = (live & (lower <= bound[:, None])).to(tl.int32)
     count = tl.sum(keep, 1)
     to = tl.cumsum(keep, 1) - keep
@@ -287,6 +299,25 @@ def _keep_smallest(buffer, count, k, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _spread(columns, queue, first, end, SOME: tl.constexpr, MARKED: tl.constexpr):
+    """Write the columns of the groups first .. first + SOME - 1 of a queue of `end`, where marked only those that passed; how many."""
+    tl.debug_barrier()  # the columns of the groups before have been read
+    entry = first + tl.arange(0, SOME)
+    word = tl.load(queue + entry, mask=entry < end, other=0)
+    member = tl.arange(0, 8)[None, :]
+    live = (entry < end).to(tl.int32)[:, None] + member * 0
+    if MARKED:
+        live = (word[:, None] >> (24 + member)) & 1
+    group = _group(word, MARKED)
+    column = (group // 4 * 32 + group % 4 * 2)[:, None] + member // 2 * 8 + member % 2
+    each = tl.sum(live, 1)
+    to = (tl.cumsum(each, 0) - each)[:, None] + tl.cumsum(live, 1) - live
+    tl.store(columns + to, column, mask=live != 0)
+    tl.debug_barrier()  # and will be read by other warps
+    return tl.sum(each, 0)
+
+
+@triton.jit
 def _write_sorted(buffer, sqdist, index, k, spoilt, KP: tl.constexpr):
     """The k keys at the front of the buffer, in order, as (sqdist, index): each key's place is the number of smaller ones."""
     entry = tl.arange(0, KP)
@@ -303,10 +334,10 @@ def _write_sorted(buffer, sqdist, index, k, spoilt, KP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_queries", "n_points", "k"])
 def _select(
-    queries, points, self_index, row_norm, queue_group, listed, exact_rows, exact_count, exact_keys, scratch, sqdist, index,
+    queries, points, self_index, row_norm, queue_group, listed, exact_rows, exact_count, exact_keys, scratch, columns, sqdist, index,
     n_queries, n_points, d, k,
     SOURCE: tl.constexpr, KP: tl.constexpr, CAP: tl.constexpr, SIZE: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, MAX_PARTS: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, MAX_PARTS: tl.constexpr, SOME: tl.constexpr, MARKED: tl.constexpr,
 ):  # fmt: skip
     """The k smallest keys (sqdist bits, index) of each query, by a buffer that is cut back to k whenever it is full.
 
@@ -315,6 +346,7 @@ def _select(
     back always works. Programs walk over the items, because only the device knows how many queries need the exact rung."""
     program = tl.program_id(0)
     buffer = scratch + program.to(tl.int64) * SIZE
+    columns += program.to(tl.int64) * (8 * SOME)
     parts = 1
     items = n_queries
     if SOURCE != "groups":
@@ -327,7 +359,7 @@ def _select(
         begin = 0
         if SOURCE == "groups":
             row = tl.cast(item, tl.int64)
-            end = tl.load(listed + row) * 8
+            end = tl.load(listed + row)
         elif SOURCE == "bank":
             row = tl.load(exact_rows + item // parts).to(tl.int64)
         else:
@@ -346,26 +378,29 @@ def _select(
             skip = tl.load(self_index + row).to(tl.int32)
         count = 0
         kth = tl.full([], _LAST, tl.int64)
-        for start in range(begin, end, ROWS):
-            entry = start + tl.arange(0, ROWS)
-            if SOURCE == "parts":
-                keys = tl.load(exact_keys + (item * parts).to(tl.int64) * KP + entry, mask=entry < end, other=_LAST)
-            else:
-                column = entry
-                if SOURCE == "groups":
-                    group = tl.load(queue_group + row * CAP + entry // 8, mask=entry < end, other=0)
-                    column = (group // 4) * 32 + (group % 4) * 2 + (entry % 8 // 2) * 8 + entry % 2
-                valid = (entry < end) & (column < n_points) & (column != skip)
-                distance = _sqdist(queries + row * d, points, column, valid, d, ROWS, LANES)
-                distance = tl.where(spoilt, 0.0, tl.where(distance == distance, distance, _INF))
-                keys = (distance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | column.to(tl.int64)
-                keys = tl.where(valid, keys, _LAST)
-            passes = (keys < kth).to(tl.int32)
-            tl.store(buffer + count + tl.cumsum(passes, 0) - passes, keys, mask=passes != 0)
-            count += tl.sum(passes, 0)
-            if count > SIZE - ROWS:
-                kth = _keep_smallest(buffer, count, k, SIZE)
-                count = k
+        for first in range(begin, end, SOME if SOURCE == "groups" else tl.maximum(end - begin, 1)):
+            found = end - begin
+            if SOURCE == "groups":
+                found = _spread(columns, queue_group + row * CAP, first, end, SOME, MARKED)
+            for start in range(0, found, ROWS):
+                entry = start + tl.arange(0, ROWS)
+                if SOURCE == "parts":
+                    keys = tl.load(exact_keys + (item * parts).to(tl.int64) * KP + entry, mask=entry < found, other=_LAST)
+                else:
+                    column = first + entry
+                    if SOURCE == "groups":
+                        column = tl.load(columns + entry, mask=entry < found, other=0, cache_modifier=".cg")
+                    valid = (entry < found) & (column < n_points) & (column != skip)
+                    distance = _sqdist(queries + row * d, points, column, valid, d, ROWS, LANES)
+                    distance = tl.where(spoilt, 0.0, tl.where(distance == distance, distance, _INF))
+                    keys = (distance.to(tl.int32, bitcast=True).to(tl.int64) << 32) | column.to(tl.int64)
+                    keys = tl.where(valid, keys, _LAST)
+                passes = (keys < kth).to(tl.int32)
+                tl.store(buffer + count + tl.cumsum(passes, 0) - passes, keys, mask=passes != 0)
+                count += tl.sum(passes, 0)
+                if count > SIZE - ROWS:
+                    kth = _keep_smallest(buffer, count, k, SIZE)
+                    count = k
         if (SOURCE != "groups") | (end > 0):
             tl.debug_barrier()
             if count > k:

@@ -6,7 +6,6 @@ import triton.language as tl
 from .score_select_kernels import _row_sum
 
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 
 
 # ---- small device functions --------------------------------------------------------------------------------------------
@@ -41,10 +40,19 @@ def _squares(packed_x, packed_y, x_stride, y_stride, depth, BM: tl.constexpr, BN
 
 
 @triton.jit
+def _exp_minus(d):
+    """exp(-d) for d >= 0, to a few units in the last place. On a card tl.exp rounds d log2(e), and loses what d has after its point."""
+    d = tl.minimum(d, 256.0)  # where it is 0; and inf - inf would be NaN
+    whole = tl.floor(1.4426950216293335 * d)  # log2(e) in two floats
+    rest = tl.fma(d, 1.9259629911266175e-8, tl.fma(d, 1.4426950216293335, -whole))
+    return tl.exp2(-rest) * tl.exp2(-whole)
+
+
+@triton.jit
 def _slope(d, margin, FORM: tl.constexpr):
     """phi'(d)"""
     if FORM == "exponential":
-        return -tl.exp(-d)
+        return -_exp_minus(d)
     elif FORM == "reciprocal":
         near = tl.div_rn(1.0, 1.0 + d)
         return -near * near
@@ -97,7 +105,7 @@ def _pairs(
         mine = tl.load(group + row, mask=valid, other=0)[:, None]
         counts = counts & (mine == tl.load(their_group + column, mask=theirs, other=0)[None, :])
     norm = tl.load(square_x + row)[:, None] + tl.load(square_y + column)[None, :]
-    d = tl.where(norm == norm, d, _NAN)  # the difference of an infinite row from a finite one is inf
+    d = tl.where(norm == norm, d, float("nan"))  # the difference of an infinite row from a finite one is inf
     m = 0.0
     if margin is not None:
         m = tl.load(margin + row, mask=valid, other=0.0)[:, None]
@@ -112,10 +120,10 @@ def _pairs(
     else:
         phi = -d
     at = tl.cast(tile, tl.int64) * x_stride + row
-    tl.store(part_row + at, _row_sum(tl.where(counts, tl.where(d == d, phi, _NAN), 0.0), BM, BN))
+    tl.store(part_row + at, _row_sum(tl.where(counts, tl.where(d == d, phi, float("nan")), 0.0), BM, BN))
     tl.store(part_pairs + at, tl.sum(counts.to(tl.int32), 1))
     if margin is not None:
-        inside = tl.where(d == d, (d < m).to(tl.float32), _NAN)
+        inside = tl.where(d == d, (d < m).to(tl.float32), float("nan"))
         tl.store(part_active + at, _row_sum(tl.where(counts, inside, 0.0), BM, BN))
     if coefficient is not None:
         pull = tl.load(weight + row, mask=valid, other=0.0)[:, None] * slope
@@ -123,7 +131,7 @@ def _pairs(
             if margin is not None:
                 slope = _slope(d, tl.load(their_margin + column, mask=theirs, other=0.0)[None, :], FORM)
             pull += tl.load(their_weight + column, mask=theirs, other=0.0)[None, :] * slope
-        pull = tl.where(counts, tl.where(d == d, pull, _NAN), 0.0)
+        pull = tl.where(counts, tl.where(d == d, pull, float("nan")), 0.0)
         tl.store(coefficient + column[None, :].to(tl.int64) * x_stride + row[:, None], pull)
 
 

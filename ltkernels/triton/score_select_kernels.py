@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 _ZERO = tl.constexpr(-104.0)  # exp of this and of less is 0 in float32, and no noise makes up for it
 
 
@@ -70,7 +69,7 @@ def _screen(
     s = tl.load(scale + row, mask=row < n_rows, other=0.0)[:, None]
     near = tl.div_rn(1.0, tl.load(std + row, mask=row < n_rows, other=1.0))[:, None]
     norm_x = tl.load(square_x + row, mask=row < n_rows, other=0.0)[:, None]
-    norm_z = tl.load(square_clean + column, mask=column < n_columns, other=_NAN)[None, :]
+    norm_z = tl.load(square_clean + column, mask=column < n_columns, other=float("nan"))[None, :]
     both = norm_x + s * s * norm_z
     error = alpha * tl.abs(s) * tl.sqrt(norm_x) * tl.sqrt(norm_z) + beta * both + tau * (1.0 + tl.abs(s))
     middle = both - 2.0 * s * dot
@@ -117,7 +116,7 @@ def _pack(source, packed, square, n_rows, d, stride, ROWS: tl.constexpr, BLOCK: 
         tl.store(packed + at[:, None].to(tl.int64) * stride + row[None, :], tl.trans(value))
     finite = tl.min((tl.abs(value) < _INF).to(tl.int32), 1) != 0
     total = tl.sum(value * value, 1)
-    tl.store(square + tl.program_id(1).to(tl.int64) * stride + row, tl.where(finite, total, _NAN))
+    tl.store(square + tl.program_id(1).to(tl.int64) * stride + row, tl.where(finite, total, float("nan")))
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "depth", "row_offset", "row_tiles", "first_tile"])
@@ -230,11 +229,11 @@ def _combine(
         gap = tl.load(part_max + at, mask=live, other=-_INF) - base[None, :]
         total += tl.sum(tl.where(gap > _ZERO, tl.exp(gap) * tl.load(part_sum + at, mask=live, other=0.0), 0.0), 0)
     value = tl.where(top > -_INF, top + tl.log(total), -_INF)
-    tl.store(log_normalizer + row, tl.where(spoilt, _NAN, value), mask=valid)
+    tl.store(log_normalizer + row, tl.where(spoilt, float("nan"), value), mask=valid)
     if index is not None:
         tl.store(index + row, tl.where(spoilt, -1, winner).to(tl.int64), mask=valid)
     if row_max is not None:
-        tl.store(row_max + row, tl.where(spoilt, _NAN, top), mask=valid)
+        tl.store(row_max + row, tl.where(spoilt, float("nan"), top), mask=valid)
         tl.store(row_sum + row, total, mask=valid)
 
 

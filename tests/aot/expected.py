@@ -23,7 +23,7 @@ class Op(NamedTuple):
     call: Callable  # (monkeypatch, arch, *variant) -> a function that runs the Triton backend as on that card
 
 
-def knn_kde(monkeypatch, arch, d, k, dtype, n_queries, self_index, bound, log_weight):
+def knn_kde(monkeypatch, arch, d, k, dtype, n_queries, self_index, bound, log_weight, n=100_000):
     backend = importlib.import_module("ltkernels.triton.knn_kde")
 
     def meta(*shape, dtype=torch.float32):
@@ -32,7 +32,6 @@ def knn_kde(monkeypatch, arch, d, k, dtype, n_queries, self_index, bound, log_we
     monkeypatch.setattr(backend, "_guard", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(backend, "_major", lambda *_: arch // 10)
     monkeypatch.setattr(backend, "_multiprocessors", lambda *_: 132)
-    n = 100_000
     arguments = (
         meta(n_queries, d, dtype=dtype), meta(n, d, dtype=dtype), meta(d), meta(n, d), meta(n),
         meta(n_queries, dtype=torch.int64) if self_index else None, meta(n_queries) if bound else None,
@@ -99,10 +98,10 @@ EXPECTED = {
         triton={
             "_filter<TMA": Needs({arch: (MMA[arch], "UTMALDG") for arch in ARCHS if arch >= 90}),
             "_filter<": Needs({arch: (MMA[arch], "LDGSTS") for arch in ARCHS}),
-            **dict.fromkeys(("_rows", "_columns", "_merge", "_select<groups>", "_select<bank>", "_select<parts>", "_density"), Needs()),
+            **dict.fromkeys(("_rows", "_columns", "_merge", "_select<groups", "_select<bank>", "_select<parts>", "_density"), Needs()),
         },
-        # d, k, dtype, queries, self_index, bound, log_weight. Rows of 16 bytes go by TMA where there is one, others by pointer; the number
-        # of queries decides into how many parts the bank is split
+        # d, k, dtype, queries, self_index, bound, log_weight, points. Rows of 16 bytes go by TMA where there is one, others by pointer; the
+        # number of queries decides into how many parts the bank is split
         variants={
             "plain": (64, 16, torch.float32, 4000, False, False, False),
             "everything given": (1024, 64, torch.bfloat16, 4000, True, True, True),
@@ -110,6 +109,8 @@ EXPECTED = {
             "a plane, many queries": (2, 5, torch.float32, 100_000, False, False, False),
             "odd rows, largest k": (39, 256, torch.float16, 4000, True, False, False),
             "odd rows, everything": (39, 256, torch.bfloat16, 4000, True, True, True),
+            "so few points that groups are marked": (64, 16, torch.float32, 4000, True, True, False, 2000),
+            "marked, largest k": (256, 256, torch.float16, 4000, False, False, True),
         },
         call=knn_kde,
     ),

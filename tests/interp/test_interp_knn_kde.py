@@ -118,8 +118,10 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("marked", [True, False], ids=["marked", "unmarked"])
 @pytest.mark.parametrize(("queries", "points", "k", "rung"), CASES.values(), ids=CASES)
-def test_hard_case(search, queries, points, k, rung):
+def test_hard_case(search, queries, points, k, rung, marked, monkeypatch):
+    monkeypatch.setattr(backend, "MARKED_SHARE", 0 if marked else INF)
     sqdist, index, exact = search(queries, points, k)
     if rung is not None:
         assert exact == {"filter": 0, "exact": len(queries)}.get(rung, rung)
@@ -163,6 +165,20 @@ def test_bound_prunes_and_changes_nothing(search):
         assert search(queries, points, 16, bound=bound)[2] == 0
     search(points[:4], points, 16, self_index=torch.arange(4), bound=search(points[:4], points, 17)[0][:, -1].clone())
     search(LATTICE[:3], LATTICE, 20, bound=search(LATTICE[:3], LATTICE, 20)[0][:, -1].clone())
+
+
+def test_marks_leave_few_columns(monkeypatch):
+    """Of the eight columns of a group, what has to be measured exactly is little more than what can be in the answer."""
+    queries, points, k, spaces = gauss(5, 32, seed=9), gauss(4000, 32), 16, []
+    make = backend._workspace
+    monkeypatch.setattr(backend, "MARKED_SHARE", 0)
+    monkeypatch.setattr(backend, "_workspace", lambda *args: spaces.append(make(*args)) or spaces[-1])
+    bound = backend.knn(queries, points, *prepare(points), None, None, k)[0][:, -1] * (1 + 1e-5)
+    backend.knn(queries, points, *prepare(points), None, bound, k)
+    (space,) = spaces[1:]
+    words = [space.queue_group[0, row, : space.listed[row]] for row in range(5)]
+    marked = sum(int(((row[:, None] >> torch.arange(24, 32)) & 1).sum()) for row in words)
+    assert 5 * k <= marked < 2 * 5 * k and sum(map(len, words)) > 5 * k / 2
 
 
 def test_bound_reaches_the_queue(monkeypatch):

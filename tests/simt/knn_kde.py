@@ -255,7 +255,10 @@ REMOVALS = {
     ),
     "wait for the tiles": Removal("filter.cuh", "ptx::cp_async_wait<1>();", "", "plain", "d=33", "rows on a later rung"),
     "last bank row of a tile": Removal(
-        "filter.cuh", "column + r < last ? column + r : -1", "column + r", "asan", "d=33", "AddressSanitizer"
+        "filter.cuh", "column + r0 + r < last ? column + r0 + r : -1", "column + r0 + r", "asan", "d=33", "AddressSanitizer"
+    ),
+    "last bank row of a tile, 16 bytes at a time": Removal(
+        "filter.cuh", "theirs = r0 + r < rows && l < p.d", "theirs = l < p.d", "asan", "5 clusters", "AddressSanitizer"
     ),
     "last row of a chunk": Removal(
         "filter.cuh", "slot >= count ? -1 : ", "", "asan", "one row in the second chunk", "AddressSanitizer"

@@ -192,12 +192,12 @@ REMOVALS = {
         "score_select.cuh", "__syncthreads();  // the slab before has been read", "", "tsan", "prior", "data race"
     ),
     "last row of the noisy ones": Removal(
-        "score_select.cuh", "first + r < rows && from + l < d", "from + l < d", "asan", "tiny", "AddressSanitizer"
+        "score_select.cuh", "part[i] = r < rows && l < d", "part[i] = l < d", "asan", "tiny", "AddressSanitizer"
     ),
     "last row of the mixture": Removal("score_select.cuh", "if (r < m.rows && l < m.d) ", "", "asan", "tiny", "AddressSanitizer"),
     "a weight of 0": Removal("score_select.cuh", "if (weight != 0.0f) {", "{", "plain", "tiny", "Not equal"),
     "rows of x with NaN": Removal(
-        "score_select.cuh", "if (broken && !finite(v)) atomicOr(&broken[r], 1);", "", "plain", "tiny", "isnan(found[broken])"
+        "score_select.cuh", "if (broken && !finite(part[i])) atomicOr(&broken[r], 1);", "", "plain", "tiny", "isnan(found[broken])"
     ),
     "last row of the partials": Removal(
         "score_select.cuh", "if (row >= p.rows) return;", "", "ptx", "tiny", "out of bounds"

@@ -105,7 +105,7 @@ def test_error_bound_covers_its_derivation(library, d):
     rounding, underflow. Truncation to this extent shows on no CPU, so the terms are compared with what hardware may do at worst."""
     steps, u = -(-d // 8), 2.0**-24
     f = (-(-d // 32) + 8) * u
-    operands = {1: 2 * 2.0**-10, 3: 3 * 2.0**-22}
+    operands = {1: 2.0**-11 + 2.0**-10, 3: 3 * 2.0**-22}  # the query's rounded, the bank's truncated
     sums = {1: 10 * steps * 2.0**-23, 3: 10 * 2.0**-23 + steps * u}
     for terms in (1, 3):
         cross, own, query, tiny = bound_of(library, d, terms)
@@ -116,14 +116,14 @@ def test_error_bound_covers_its_derivation(library, d):
 @pytest.mark.parametrize("d", [1, 16, 300, 4096])
 @pytest.mark.parametrize("terms", [1, 3])
 def test_error_bound_holds(library, d, terms):
-    """Keys of a tensor core that cuts its operands to tf32 and truncates every sum, on rows that point the same way, so that nothing
-    cancels; f as the kernels sum it."""
+    """Keys of a tensor core that cuts its operands to tf32, after the query's are rounded, and truncates every sum, on rows that point the
+    same way, so that nothing cancels; f as the kernels sum it."""
     rng = np.random.default_rng(d)
     queries, points = (np.abs(rng.standard_normal((rows, d))).astype(np.float32) for rows in (4, 60))
     cut = lambda x: (x.view(np.uint32) & 0xFFFFE000).view(np.float32)  # noqa: E731
     high = cut((queries.view(np.uint32) + 0x1000).view(np.float32)), cut((points.view(np.uint32) + 0x1000).view(np.float32))
     rest = cut(queries - high[0]), cut(points - high[1])
-    pairs = [(cut(queries), cut(points))] if terms == 1 else [(rest[0], high[1]), (high[0], rest[1]), high]
+    pairs = [(high[0], cut(points))] if terms == 1 else [(rest[0], high[1]), (high[0], rest[1]), high]
     total = np.zeros((4, 60), np.float32)
     for first in range(0, d, 8):
         step = total.astype(np.float64) if terms == 1 else np.zeros((4, 60))
