@@ -4,10 +4,10 @@
     python benchmarks/gpu_day.py --rehearse        # without a GPU: what needs a card is recorded as not run, the rest runs in small form
 
 Steps: numerics-cuda, numerics-triton (the selftest), sanitizer (tests/gpu/compute_sanitizer.sh), tests (pytest -m gpu), benchmarks (cuda
-and triton against torch.cdist + topk), tune (the routes of this card, written into FOLDER and nowhere else). FOLDER/report.json holds the
-machine, the versions and of each step its status, duration, end of output and results; it is replaced after every step, and a step that
-fails or hangs does not stop the next. Steps that are run again replace their entries in it. The whole output of a step is in
-FOLDER/<step>.log.
+and triton beside plain torch, steps of training), tune (the routes of this card, written into FOLDER and nowhere else).
+FOLDER/report.json holds the machine, the versions and of each step its status, duration, end of output and results; it is replaced after
+every step, and a step that fails or hangs does not stop the next. Steps that are run again replace their entries in it. The whole output
+of a step is in FOLDER/<step>.log.
 
 Exit status: 0 all steps passed (or could not run in a rehearsal), 1 one of them failed, 2 bad arguments, or no GPU and no --rehearse.
 """
