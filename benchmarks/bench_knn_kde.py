@@ -1,6 +1,6 @@
 """knn and knn_kde_grad beside what one would otherwise use: torch.cdist + topk, faiss, scikit-learn, and the matrix product as a floor.
 
-    pytest benchmarks --benchmark-only                       # all sizes
+    pytest benchmarks --benchmark-only                       # all sizes; benchmarks/report.py makes tables and pictures of it
     pytest benchmarks --benchmark-only -k "self and 20000"   # one group
     pytest benchmarks --benchmark-only -m gpu                # cuda and triton beside torch.cdist + topk on the card
 
@@ -27,9 +27,10 @@ SIZES = {  # queries (None: the bank itself, leave-one-out), points, dimensions,
     "self N=20000 d=512 far to near": (None, 20_000, 512, "far to near"),
     "self N=20000 d=512 of 50 values": (None, 20_000, 512, "duplicates"),
     "Q=4096 N=50000 d=128": (4_096, 50_000, 128),
-    "Q=2000 N=50000 d=128": (2_000, 50_000, 128),
     "Q=1 N=50000 d=128": (1, 50_000, 128),
 }
+GROWTH = (5_000, 10_000, 20_000, 40_000, 80_000)  # points of 64 dimensions, leave-one-out
+MOST = {"cdist+topk": 20_000, "faiss": 40_000, "product only": 20_000}  # minutes otherwise, or 6 GB of products
 GPU_SIZES = {
     "self N=20000 d=512": (None, 20_000, 512),
     "self N=20000 d=64": (None, 20_000, 64),
@@ -50,20 +51,19 @@ SHAPES = {
     "clusters": clusters,
     "far to near": lambda points, _: points[points.norm(dim=1).argsort(descending=True)].contiguous(),
     "duplicates": lambda points, generator: points[:50][torch.randint(50, (len(points),), generator=generator)].contiguous(),
+    "tight": lambda points, _: 10 * torch.nn.functional.normalize(points[:100], dim=1)[torch.arange(len(points)) % 100] + 1e-3 * points,
 }
 
 
 class Problem:
-    def __init__(self, q, n, d, shape=None, device="cpu"):
+    def __init__(self, q, n, d, shape=None, device="cpu", h=None):
         generator = torch.Generator().manual_seed(0)
         points = torch.randn(n, d, generator=generator)
         self.points = (SHAPES[shape](points, generator) if shape else points).to(device)
         self.bank = ltkernels.Bank(self.points)
-        self.is_self = q is None
+        self.is_self, self.product = q is None, None
         self.queries = self.points if self.is_self else torch.randn(q, d, generator=generator).to(device)
-        self.h = math.sqrt(d)  # of the order of the k-th distance
-        floor = d == 512 and device == "cpu"
-        self.product = torch.ones(len(self.queries), n) if floor else None  # touched: no page faults in the product's time
+        self.h = math.sqrt(d) if h is None else h  # of the order of the k-th distance
 
 
 def density(sqdist, h):
@@ -117,7 +117,9 @@ def sklearn_brute(p: Problem):
 
 
 def product_only(p: Problem):
-    """No neighbours at all: the matrix product that a search by expansion starts from."""
+    """No neighbours at all: the matrix product that a search by expansion starts from. Into memory that was touched: no page faults."""
+    if p.product is None:
+        p.product = torch.ones(len(p.queries), len(p.points))
     return torch.mm(p.queries, p.points.t(), out=p.product)
 
 
@@ -148,30 +150,72 @@ def status_mb(field) -> float:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module")
 def problem(request):
     p = Problem(*SIZES[request.param])
     p.name = request.param
     return p
 
 
-@pytest.mark.parametrize("name", [*IMPLEMENTATIONS, "product only"])
+PAIRS = [(size, name) for size in SIZES for name in (IMPLEMENTATIONS if len(SIZES[size]) == 3 else ("ltkernels",))]
+PAIRS += [(size, "product only") for size in SIZES if not size.startswith("Q=1 ")]
+
+
+@pytest.mark.parametrize("problem, name", PAIRS, indirect=["problem"])
 def test_knn_kde(name, problem, benchmark):
     benchmark.group = f"knn_kde_grad {problem.name} k={K} float32 cpu, {torch.get_num_threads()} threads"
+    timed(name, problem, benchmark, 5 if name == "ltkernels" else 3)
+
+
+def timed(name, p: Problem, benchmark, rounds):
     if name == "product only":
-        if problem.product is None:
-            pytest.skip("the floor is shown for the widest size only")
-        benchmark.pedantic(product_only, (problem,), rounds=7, warmup_rounds=1)
+        benchmark.pedantic(product_only, (p,), rounds=rounds, warmup_rounds=1)
+        p.product = None
         return
-    run = IMPLEMENTATIONS[name]
-    rows = torch.from_numpy(np.linspace(0, len(problem.queries) - 1, min(64, len(problem.queries))).astype(np.int64))
-    answer = run(problem)
+    run = {**IMPLEMENTATIONS, **ARITHMETIC}[name]
+    rows = torch.from_numpy(np.linspace(0, len(p.queries) - 1, min(64, len(p.queries))).astype(np.int64))
+    answer = run(p)
     log_density = answer.log_density if name == "ltkernels" else answer
-    error = (log_density[rows].double() - exact_density(problem, rows)).abs().max().item()
-    assert error < 1e-3, f"{name} is off by {error}"
+    error = (log_density[rows].double() - exact_density(p, rows)).abs().max().item()
+    assert error < 1e-3 or name in ARITHMETIC, f"{name} is off by {error}"
     benchmark.extra_info["max_error"] = error
-    benchmark.extra_info["peak_mb"] = peak_mb(lambda: run(problem))
-    benchmark.pedantic(run, (problem,), rounds=5, warmup_rounds=1)
+    benchmark.extra_info["peak_mb"] = peak_mb(lambda: run(p))
+    benchmark.pedantic(run, (p,), rounds=rounds, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("name", ["ltkernels", "faiss", "cdist+topk", "product only"])
+@pytest.mark.parametrize("n", GROWTH)
+def test_growth(n, name, benchmark):
+    if n > MOST.get(name, n):
+        pytest.skip("minutes, or 6 GB of products")
+    benchmark.group = f"growth N={n} d=64 k={K} float32 cpu, {torch.get_num_threads()} threads"
+    timed(name, Problem(None, n, 64), benchmark, 3)
+
+
+def expanded(dtype):
+    def run(p: Problem):
+        queries, points = p.queries.to(dtype), p.points.to(dtype)
+        sqdist = (queries.square().sum(1)[:, None] + points.square().sum(1) - 2 * queries @ points.T).float()
+        return density(sqdist.topk(K, largest=False).values, p.h)
+
+    return run
+
+
+def direct(p: Problem):
+    distance = torch.cdist(p.queries, p.points, compute_mode="donot_use_mm_for_euclid_dist")
+    return density(distance.topk(K, largest=False).values.square(), p.h)
+
+
+ARITHMETIC = {"expanded, float32": expanded(torch.float32), "expanded, bfloat16": expanded(torch.bfloat16), "direct differences": direct}
+
+
+@pytest.mark.parametrize("name", ["ltkernels", *ARITHMETIC])
+def test_arithmetic(name, benchmark):
+    """A hundred clusters of norm 10 and spread 1e-3: an expanded square has no digit left of the distances in them."""
+    p = Problem(None, 10_000, 64, "tight", h=1e-2)
+    p.queries, p.is_self = p.points[:1000] + 1e-3 * torch.randn(1000, 64, generator=torch.Generator().manual_seed(1)), False
+    benchmark.group = f"arithmetic Q=1000 N=10000 d=64 k={K}, clusters of spread 1e-3 and norm 10, cpu, {torch.get_num_threads()} threads"
+    timed(name, p, benchmark, 5)
 
 
 @pytest.fixture(scope="module", params=GPU_SIZES)
