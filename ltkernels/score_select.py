@@ -31,7 +31,8 @@ def p_sel(x_t, clean, scale, std, *, log_prior=None) -> Tensor:
     Args:
         x_t: (B, ...) in float16, bfloat16, float32 or float64; trailing dimensions are flattened; B may be 0.
         clean: (K, ...) of the same dtype, device and number of elements a row, K >= 1; or a Bank, whose log_weight is added to the logits.
-        scale, std: x_t = scale x_0 + std noise. Numbers, 0-dim tensors or (B,); finite, std > 0. DDPM: sqrt(abar_t), sqrt(1 - abar_t).
+        scale, std: x_t = scale x_0 + std noise. Numbers, 0-dim tensors, (B,) or (B, 1, ..., 1); finite, std > 0. DDPM:
+            sqrt(abar_t), sqrt(1 - abar_t).
             EDM: 1, sigma. Flow matching: 1 - t, t. Where scale is 0 all samples are equally far and p is the prior.
         log_prior: (K,) without NaN or +inf, such as beta log q(y_j); -inf leaves a sample out.
 
@@ -218,8 +219,11 @@ def _coefficient(op: str, name: str, value, x: Tensor, dtype: torch.dtype, doubt
             raise ValueError(f"{op}: std must be positive in {dtype}; got {value}")
         return torch.full((len(x),), float(value), dtype=dtype, device=x.device)
     value = _arrays.tensor(op, name, value)
+    if value.dim() > 1 and value.shape == (len(x), *[1] * (value.dim() - 1)):  # as it multiplies images
+        value = value.flatten()
     if value.dim() > 1 or value.dim() == 1 and len(value) != len(x):
-        raise ValueError(f"{op}: {name} must be a number, a 0-dim tensor or (B,); got shape {tuple(value.shape)} with B={len(x)}")
+        expected = "a number, a 0-dim tensor, (B,) or (B, 1, ..., 1)"
+        raise ValueError(f"{op}: {name} must be {expected}; got shape {tuple(value.shape)} with B={len(x)}")
     if not value.is_floating_point():
         raise TypeError(f"{op}: {name} must be in a floating-point dtype; got {value.dtype}")
     if value.dim() == 1 and value.device != x.device:

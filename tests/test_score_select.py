@@ -428,6 +428,16 @@ def test_forward_mode_raises_instead_of_answering_zeros(op, place):
         call(inputs[place])
 
 
+def test_levels_as_they_multiply_images(backend, device):
+    x, clean = (torch.randn(rows, 3, 4, 4, device=device) for rows in (5, 7))
+    scale, std = torch.rand(5, device=device), torch.rand(5, device=device) + 0.5
+    tall = scale.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1).requires_grad_()
+    assert torch.equal(p_sel(x, clean, *tall), p_sel(x, clean, scale, std))
+    assert torch.equal(denoising_target(x, clean[:5], *tall), denoising_target(x, clean[:5], scale, std))
+    (grad,) = torch.autograd.grad(posterior_mean(x, clean, *tall).square().sum(), tall[1])
+    assert grad.shape == (5, 1, 1, 1) and grad.any()
+
+
 @pytest.mark.parametrize("rows, k, requires_grad", [(5, 7, True), (0, 3, False)])
 def test_opcheck(rows, k, requires_grad, backend, device):
     x, clean = (torch.randn(size, 6, device=device).requires_grad_(requires_grad) for size in (rows, k))

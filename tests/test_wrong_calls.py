@@ -264,7 +264,7 @@ WRONG = {
         "p_sel: scale must be finite in torch.float32; got nan",
     ),
     "scales too few": (lambda: p_sel(Q, X, torch.ones(4), 1), ValueError, "p_sel: scale must be a number, .* got shape (4,) with B=5"),
-    "std a column": (lambda: p_sel(Q, X, 1, torch.ones(5, 1)), ValueError, "p_sel: std must be a number, .* got shape (5, 1) with B=5"),
+    "std a row": (lambda: p_sel(Q, X, 1, torch.ones(1, 5)), ValueError, "p_sel: std must be a number, .* got shape (1, 5) with B=5"),
     "std in integers": (
         lambda: p_sel(Q, X, 1, torch.ones(5).long()),
         TypeError,

@@ -162,6 +162,12 @@ def test_in_a_loop_of_flow_matching(prediction):
     assert target.shape == x0.shape and target.isfinite().all() and not target.requires_grad
 
 
+def test_a_null_class_among_the_labels_is_refused():
+    x = torch.randn(4, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"T2H: .* labels must be in \[0, 3\); got 0 .. 3; y and .* are the true labels"):
+        T2H([5, 3, 1]).target(x, x, torch.tensor([0, 1, 2, 3]), 0.7, 0.7)
+
+
 def test_a_mode_for_dropped_labels_needs_to_know_them():
     x = torch.randn(3, 1, 2, 2)
     with pytest.raises(ValueError, match="T2H: uncond_mode 'none' needs dropped"):

@@ -34,7 +34,8 @@ class DiffROP:
 
     distance: d is |.|^2 over the elements by "mean" or "sum", or "kl", the divergence sum / 2 sigma_t^2 of Eq. 8, which needs the table
     variance (steps + 1,) of sigma_t^2 (R3, R4). space: what `rows` compares (R5). stopgrad: "partner" lets gradients reach the first of a
-    pair only (R9); each of two is first once. reduction: "mean" over the pairs, or "sum" (R8).
+    pair only (R9); each of two is first once. reduction: "mean" over the pairs, or "sum" (R8). The numbers R are explained
+    in training/docs/diffrop.md.
     """
 
     form: str = "exponential"

@@ -26,9 +26,15 @@ BINS = 20  # of the times, for the counters of Fig. 7
 
 
 class Transfer(NamedTuple):
-    clean: Tensor  # like x0: the images that the targets point to
-    moved: Tensor  # (B,) 1 where it is another image than x0; with the estimator "mean" the probability of that
-    index: Tensor | None  # (B,) its row of the reference; None with the estimator "mean"
+    """What `T2H.transfer` answers.
+
+    clean, like x0: the images that the targets point to. moved (B,): True where that is another row of the reference than the own one,
+    which a copy of x0 is, too; with the estimator "mean" the probability of it. index (B,): the row; None with the estimator "mean".
+    """
+
+    clean: Tensor
+    moved: Tensor
+    index: Tensor | None
 
 
 class Reference(NamedTuple):
@@ -45,7 +51,7 @@ class T2H:
 
     mode: "t2h", "h2t", or "full", which has no gate. estimator: "sample" one image (Eq. 8), or the "mean" of what would be sampled (Eq. 6).
     beta: prior q(y)^beta of Eq. 7 instead of any gate. cut_time: rows with t >= cut_time keep their own target (D6). uncond_mode: mode of
-    rows whose label was dropped: "same", "none" or another mode (D5).
+    rows whose label was dropped: "same", "none" or another mode (D5). The numbers D are explained in training/docs/t2h.md.
     """
 
     class_counts: Sequence[int] | Tensor
@@ -94,7 +100,12 @@ class T2H:
         if self.estimator == "sample":  # one seed for both modes: which image a row would be given does not depend on them
             seed = torch.randint(2**62, (), device=x_t.device) if seed is None else seed
             choose = partial(self._sampled, x_t, x0, scale, std, source, seed, row_offset)
-        found = choose(self.mode)
+        try:
+            found = choose(self.mode)
+        except ValueError as error:
+            if "labels must be in" in str(error):
+                raise ValueError(f"T2H: {error}; y and reference_labels are the true labels, also where one was dropped") from error
+            raise
         stay = Transfer(x0, torch.zeros_like(found.moved), self_index)
 
         if dropped is not None and self.uncond_mode not in ("same", self.mode):
