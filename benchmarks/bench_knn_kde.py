@@ -262,7 +262,11 @@ def on_the_card(name, p: Problem):
     return log_density
 
 
+a_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
 @pytest.mark.gpu
+@a_card
 @pytest.mark.parametrize("name", ["cuda", "triton", "cdist+topk", "product only, tf32", "product only, float32"])
 def test_knn_kde_on_the_card(name, gpu_problem, benchmark):
     p = gpu_problem

@@ -17,7 +17,7 @@ from functools import cached_property
 
 import pytest
 import torch
-from bench_knn_kde import peak_mb, time_on_the_card
+from bench_knn_kde import a_card, peak_mb, time_on_the_card
 
 import ltkernels
 
@@ -108,6 +108,7 @@ def on_the_card(request):
 
 
 @pytest.mark.gpu
+@a_card
 @pytest.mark.parametrize("name", ON_THE_CARD, ids=" ".join)
 def test_pcl_on_the_card(name, on_the_card, benchmark):
     p, (op, *backend) = on_the_card, name

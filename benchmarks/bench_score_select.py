@@ -23,7 +23,7 @@ import contextlib
 
 import pytest
 import torch
-from bench_knn_kde import peak_mb, time_on_the_card
+from bench_knn_kde import a_card, peak_mb, time_on_the_card
 
 import ltkernels
 
@@ -126,6 +126,7 @@ def on_the_card(request):
 
 
 @pytest.mark.gpu
+@a_card
 @pytest.mark.parametrize("name", ON_THE_CARD, ids=" ".join)
 def test_select_on_the_card(name, on_the_card, benchmark):
     p, (op, *backend) = on_the_card, name

@@ -10,7 +10,7 @@ import dataclasses
 
 import pytest
 import torch
-from bench_knn_kde import time_on_the_card
+from bench_knn_kde import a_card, time_on_the_card
 
 from training import config, run_images
 from training.data import Dataset, long_tail_counts
@@ -37,6 +37,7 @@ def settings_of(name: str, speed: str):
 
 
 @pytest.mark.gpu
+@a_card
 @pytest.mark.parametrize("speed", SPEEDS)
 @pytest.mark.parametrize("name", METHODS)
 def test_training_step(name, speed, benchmark):
@@ -60,6 +61,7 @@ def test_training_step(name, speed, benchmark):
 
 
 @pytest.mark.gpu
+@a_card
 @pytest.mark.parametrize("speed", SPEEDS)
 def test_training_sampling_step(speed, benchmark):
     """Five DDIM steps of 500 images with guidance: ten passes of the network."""

@@ -17,9 +17,9 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _row_chunks(of: Tensor, cost: int, elements: int = _CHUNK):
-    """Slices of the rows of `of`, each of which costs so many elements. On a card 16 times as many: it has launches to pay for."""
-    step = max(1, (16 * elements if of.is_cuda else elements) // max(1, cost))
+def _row_chunks(of: Tensor, cost: int, elements: int = _CHUNK, on_a_card: int = 16):
+    """Slices of the rows of `of`, each of which costs so many elements. On a card they are longer: it has launches to pay for."""
+    step = max(1, (on_a_card * elements if of.is_cuda else elements) // max(1, cost))
     return (slice(i, min(i + step, len(of))) for i in range(0, len(of), step))
 
 
@@ -221,7 +221,7 @@ def psel_mean_backward(
     transposed = points.T.contiguous()
 
     def logits():
-        for rows in _row_chunks(x, max(clean.shape), _MIX_CHUNK):
+        for rows in _row_chunks(x, max(clean.shape), _MIX_CHUNK, on_a_card=1):
             p, _ = ops.psel(x[rows], clean, scale[rows], std[rows], log_prior)
             if shares is not None:
                 shares.add_(ops.psel_mix(p.T.contiguous(), wide[rows]))

@@ -267,7 +267,7 @@ def _integers(op: str, name: str, value, length: int, device: torch.device, low:
         raise ValueError(f"{op}: expected {name} on the device of x_t, {device}; got {value.device}")
     wrong = ((value < low) | (value >= high)).any()
     doubts.append((wrong, lambda: ValueError(f"{op}: {name} must be in [{low}, {high}); got {value.min().item()} .. {value.max().item()}")))
-    return value.clamp(low, high - 1)
+    return value if torch.compiler.is_compiling() else value.clamp(low, high - 1)  # there nothing settles it: an index beyond has to fail
 
 
 def _own_rows(op: str, self_index, rows: int, k: int, device: torch.device, gate: str, doubts: list) -> Tensor:

@@ -49,7 +49,7 @@ def exact(
     allowed = (weight.abs() * d.clamp(min=1) * torch.maximum(phi.abs(), slope * d) * counts).sum().detach() * 1e-6
     scale = 1 / x.shape[1] if distance == "mean" else 1
     terms = (weight * slope * counts * 2 * (scale * d).sqrt()).detach() / divisor
-    terms = terms * (2e-7 + 1e-6 * d if form == "exponential" else 2e-7)
+    terms = terms * (2e-7 + (1e-13 if mu.dtype == torch.float64 else 1e-6) * d if form == "exponential" else 2e-7)
     terms = terms.detach()
     slack = ((terms + terms.T).sum(1),) if other is None else (terms.sum(1), terms.sum(0))
     return (weight * torch.where(counts, phi, 0)).sum() / divisor, allowed / divisor, slack
@@ -259,6 +259,14 @@ def test_the_exponential_as_far_as_float32_goes(backend, device, sqdist):
     d = mu[1].double().square().item()
     found = pcl_loss(mu, torch.arange(2, device=device), distance="sum").item()
     assert found == pytest.approx(math.exp(-d), rel=1e-6 * max(1, d)) if d < 87.33 else found == 0
+
+
+@pytest.mark.parametrize("distance", [0.125, 1.5, 4.25, 7.75, 9.0, 9.25])
+def test_the_exponential_of_an_exact_square(backend, device, distance):
+    """Where float32 has d without an error, exp(-d) has one of a few units in the last place, however large d is."""
+    mu = torch.tensor([[0.0], [distance]], device=device)
+    found = pcl_loss(mu, torch.arange(2, device=device), distance="sum").item()
+    assert found == pytest.approx(math.exp(-(distance**2)), rel=5e-7)
 
 
 def test_pairs_of_one_class_count_for_nothing(backend, device):

@@ -428,6 +428,16 @@ def test_forward_mode_raises_instead_of_answering_zeros(op, place):
         call(inputs[place])
 
 
+@pytest.mark.parametrize("wrong", ["labels", "self_index"])
+def test_a_compiled_call_with_an_index_beyond_fails(wrong):
+    """Values are not checked there, but they are not bent to fit either."""
+    options = {"labels": torch.tensor([0, 1, 2, 0, 1, 2]), "self_index": torch.arange(6), "class_counts": torch.tensor([9, 5, 1])}
+    x, options[wrong] = torch.randn(6, 5), torch.tensor([0, 1, 2, 6, 1, 2])
+    compiled = torch.compile(lambda x: score_select(x, x, 0.7, 0.7, gate="t2h", seed=1, **options).index, backend="eager", fullgraph=True)
+    with pytest.raises(IndexError):
+        compiled(x)
+
+
 def test_levels_as_they_multiply_images(backend, device):
     x, clean = (torch.randn(rows, 3, 4, 4, device=device) for rows in (5, 7))
     scale, std = torch.rand(5, device=device), torch.rand(5, device=device) + 0.5

@@ -172,13 +172,20 @@ def test_marks_leave_few_columns(monkeypatch):
     queries, points, k, spaces = gauss(5, 32, seed=9), gauss(4000, 32), 16, []
     make = backend._workspace
     monkeypatch.setattr(backend, "MARKED_SHARE", 0)
-    monkeypatch.setattr(backend, "_workspace", lambda *args: spaces.append(make(*args)) or spaces[-1])
+
+    def made(*args):
+        spaces.append(make(*args))
+        spaces[-1].columns.fill_(-1)
+        return spaces[-1]
+
+    monkeypatch.setattr(backend, "_workspace", made)
     bound = backend.knn(queries, points, *prepare(points), None, None, k)[0][:, -1] * (1 + 1e-5)
     backend.knn(queries, points, *prepare(points), None, bound, k)
     (space,) = spaces[1:]
     words = [space.queue_group[0, row, : space.listed[row]] for row in range(5)]
     marked = sum(int(((row[:, None] >> torch.arange(24, 32)) & 1).sum()) for row in words)
     assert 5 * k <= marked < 2 * 5 * k and sum(map(len, words)) > 5 * k / 2
+    assert (space.columns >= 0).sum() == marked  # a program a query: what each has measured
 
 
 def test_bound_reaches_the_queue(monkeypatch):
