@@ -48,9 +48,8 @@ def exact(
     divisor = max(1, int(counts.sum())) if reduction == "mean" else 1
     allowed = (weight.abs() * d.clamp(min=1) * torch.maximum(phi.abs(), slope * d) * counts).sum().detach() * 1e-6
     scale = 1 / x.shape[1] if distance == "mean" else 1
-    terms = (weight * slope * counts * 2 * (scale * d).sqrt()).detach() / divisor
-    terms = terms * (2e-7 + (1e-13 if mu.dtype == torch.float64 else 1e-6) * d if form == "exponential" else 2e-7)
-    terms = terms.detach()
+    relative = 2e-7 + (1e-13 if mu.dtype == torch.float64 else 1e-6) * d if form == "exponential" else 2e-7
+    terms = (weight * slope * counts * 2 * (scale * d).sqrt() * relative).detach() / divisor
     slack = ((terms + terms.T).sum(1),) if other is None else (terms.sum(1), terms.sum(0))
     return (weight * torch.where(counts, phi, 0)).sum() / divisor, allowed / divisor, slack
 

@@ -2,7 +2,7 @@
 //
 // Squared distances are sums of direct differences in float: t = x - s c by one FMA, t * t by another. Expanding the square would let
 // tensor cores help, but its error is divided by 2 std^2, 2e-4 at the first step of DDPM; and a batch against itself (128 x 128 x 3072)
-// is 10^8 FMAs, a few microseconds, where the launches already count.
+// is 10^8 FMAs, .1 ms on an H100 with all launches.
 //
 // A pair's distance depends on its rows and d alone: every tile cuts d into the same slabs, shares, and chains of additions. So a
 // batch may be cut anywhere and chooses the same indices.
