@@ -37,7 +37,7 @@ SCHEMAS = (  # with a C++ counterpart; the reason why no schema stands in C++ is
     f"pcl_rows({_LABELLED}) -> (Tensor row, Tensor pairs, Tensor active, Tensor mu_grad, Tensor partner_grad)",
 )
 TORCH_SCHEMAS = (  # torch ops on every backend: preparation and the bilinear pieces of the derivatives
-    "bank_prepare(Tensor points) -> (Tensor centre, Tensor centred, Tensor sqnorm)",
+    "bank_prepare(Tensor points, bool copy=True) -> (Tensor centre, Tensor centred, Tensor sqnorm)",
     "diff_sum(Tensor queries, Tensor points, Tensor index, Tensor coefficient) -> Tensor",
     "diff_dot(Tensor queries, Tensor points, Tensor index, Tensor vector) -> Tensor",
     "diff_scatter(Tensor queries, Tensor points, Tensor index, Tensor coefficient) -> Tensor",
@@ -63,7 +63,7 @@ _library_public = torch.library.Library("ltkernels", "DEF")
 _library_native = torch.library.Library("ltkernels_native", "DEF")
 for _schema in SCHEMAS + TORCH_SCHEMAS:
     _library_public.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-for _schema in SCHEMAS:
+for _schema in (*SCHEMAS, "bank_rows(Tensor points, Tensor centre, bool copy) -> (Tensor centred, Tensor sqnorm)"):
     _library_native.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _library.load()
 
@@ -370,6 +370,14 @@ def _routed_rows(mu, labels, group, weight, margin, other, *rest):
     return run(mu.contiguous(), labels, group, weight, margin, None if other is None else other.contiguous(), *rest)
 
 
+def _bank_prepare(points, copy=True):
+    """What each search reads of a bank, whichever backend it will be: routes have no say here."""
+    centre = reference.centre(points)
+    compiled = points.device.type == "cpu" and _library.HAS_CPP
+    rows = torch.ops.ltkernels_native.bank_rows if compiled else reference.bank_rows
+    return centre, *rows(points.contiguous(), centre, copy)
+
+
 _ROUTED = {
     "knn": _routed_search("knn"),
     "knn_kde": _routed_search("knn_kde"),
@@ -383,7 +391,7 @@ for _op, _kernel in _ROUTED.items():
     for _key in ("CPU", "CUDA"):
         _library_public.impl(_op, _kernel, _key)
 for _op, _function in (
-    ("bank_prepare", reference.prepare),
+    ("bank_prepare", _bank_prepare),
     ("diff_sum", reference.diff_sum),
     ("diff_dot", reference.diff_dot),
     ("diff_scatter", reference.diff_scatter),

@@ -4,6 +4,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from .backends import _FLOATS
 class Bank:
     r"""Points to search in, prepared once: a centre, the centred float32 copy and its norms that the filters of the kernels read.
 
+    Points in a file (a memmap, a path) stay there: a search streams them, once for each block of its queries, and no more than 4 bytes a
+    row are in memory, which may be smaller than the bank.
+
     Args:
         points: (N, d) floating-point tensor, NumPy array or memmap, DLPack array, or the path of a .safetensors file with a tensor
             `points` (and optionally `log_weight`). The memory is shared if contiguous, else copied once; call `update` after changing
@@ -22,12 +26,13 @@ class Bank:
             use weights of mean 1, so that equal weights change nothing.
 
     Attributes:
-        points (N, d), log_weight (N,) as given or None, centre (d,), centred (N, d), sqnorm (N,).
+        points (N, d), log_weight (N,) as given or None, centre (d,), centred (N, d) or, for a file, (0, d), sqnorm (N,).
 
     A search of the bank in itself (`self_index=True`) leaves its k-th distances here. After `update` they are still upper bounds, by
-    the triangle inequality, once the way each row has moved is added; the next search starts from them. They never change an answer.
+    the triangle inequality, once the way each row has moved is added; the next search starts from them. They never change an answer. A
+    bank in a file has no copy to tell how far rows have moved, and forgets them.
 
-    Memory beyond the points: N * d * 4 bytes. Preparing reads the points a few times; it takes no gradient.
+    Memory beyond the points: N * d * 4 bytes; N * 4 for a file. Preparing reads the points once or twice; it takes no gradient.
 
     Raises:
         TypeError, ValueError: not a floating-point matrix, log_weight of another length, NaN or +inf in log_weight.
@@ -39,15 +44,15 @@ class Bank:
     """
 
     def __init__(self, points, *, log_weight=None):
+        source = points
         if isinstance(points, (str, os.PathLike)):
             points, stored = _read(Path(points))
             log_weight = stored if log_weight is None else log_weight
         points = _arrays.matrix("Bank", "points", points)
         if len(points) == 0:
             raise ValueError(f"Bank: expected at least one point; got shape {tuple(points.shape)}")
-        self.points = points.contiguous()  # once here instead of in every search
         self.log_weight = None if log_weight is None else _checked_weight(log_weight, points)
-        self.centre, self.centred, self.sqnorm = _prepare(points)
+        self._prepare(source, points)
         self._warm: tuple[int, Tensor] | None = None  # k, and (N,) upper bounds of the distance to each row's k-th neighbour but itself
 
     def __len__(self) -> int:
@@ -60,15 +65,16 @@ class Bank:
 
     def update(self, points) -> "Bank":
         """Replace the points by others of the same shape, dtype and device: a refresh of the same rows. Returns self."""
-        points = _arrays.matrix("Bank.update", "points", points)
+        source, points = points, _arrays.matrix("Bank.update", "points", points)
         for name in ("shape", "dtype", "device"):
             old, new = (tuple(x.shape) if name == "shape" else getattr(x, name) for x in (self.points, points))
             if old != new:
                 raise ValueError(f"Bank.update: expected points of the same {name} as before, {old}; got {new}")
         previous_centre, previous = self.centre, self.centred
         unknown = ~torch.isfinite(self.sqnorm)
-        self.points = points.contiguous()
-        self.centre, self.centred, self.sqnorm = _prepare(points)
+        self._prepare(source, points)
+        if len(previous) < len(points) or len(self.centred) < len(points):
+            self._warm = None
         if self._warm is not None:
             k, radius = self._warm
             unknown |= ~torch.isfinite(self.sqnorm)
@@ -92,6 +98,11 @@ class Bank:
         """Read what `save` wrote."""
         return cls(Path(path))
 
+    def _prepare(self, source, points: Tensor) -> None:
+        self.points = points.contiguous()  # once here instead of in every search
+        in_file = isinstance(source, (str, os.PathLike, np.memmap)) and self.points is points
+        self.centre, self.centred, self.sqnorm = torch.ops.ltkernels.bank_prepare(self.points.detach(), not in_file)
+
     def _mean_one_log_weight(self) -> Tensor | None:
         if self.log_weight is None:
             return None
@@ -114,16 +125,11 @@ class Bank:
 def as_bank(op: str, bank) -> Bank:
     if isinstance(bank, Bank):
         return bank
-    if isinstance(bank, (str, os.PathLike)):
-        return Bank(bank)
-    points = _arrays.matrix(op, "bank", bank)
-    if len(points) == 0:
-        raise ValueError(f"{op}: expected a bank of at least one point; got shape {tuple(points.shape)}")
-    return Bank(points)
-
-
-def _prepare(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.ltkernels.bank_prepare(points.detach())
+    if not isinstance(bank, (str, os.PathLike)):
+        points = _arrays.matrix(op, "bank", bank)  # its errors name the op
+        if len(points) == 0:
+            raise ValueError(f"{op}: expected a bank of at least one point; got shape {tuple(points.shape)}")
+    return Bank(bank)
 
 
 def _moved_bound(radius: Tensor, old: Tensor, new: Tensor, centre_shift: Tensor, unknown: Tensor) -> Tensor:

@@ -153,8 +153,8 @@ def knn_bandwidth(bank, k: int = 64, rule: str = "knn-median") -> Tensor:
     bank = as_bank(op, bank)
     with torch.no_grad():
         if rule == "scott":
-            rows = bank.centred[torch.isfinite(bank.sqnorm)]
-            h = rows.var(0).mean().sqrt().to(_answer_dtype(bank.points)) * max(len(rows), 1) ** (-1 / (rows.shape[1] + 4))
+            variance, n = _mean_variance(bank)
+            h = variance.sqrt().to(_answer_dtype(bank.points)) * max(n, 1) ** (-1 / (bank.points.shape[1] + 4))
         else:
             points, bank, self_rows, bound = _checked(op, bank.points, bank, k, True)
             sqdist, _ = torch.ops.ltkernels.knn(
@@ -167,6 +167,18 @@ def knn_bandwidth(bank, k: int = 64, rule: str = "knn-median") -> Tensor:
     if not h > 0:
         raise ValueError(f"{op}: rule {rule!r} gives {h.item()}; the bank has too few finite or too many identical rows; name a bandwidth")
     return kind(h)
+
+
+def _mean_variance(bank: Bank) -> tuple[Tensor, int]:
+    """Of the columns of the finite rows, and the number of these; NaN for fewer than two."""
+    finite = torch.isfinite(bank.sqnorm)
+    n, square = int(finite.sum()), 0.0
+    total = torch.zeros(bank.points.shape[1], dtype=torch.float64, device=bank.points.device)
+    for points, kept in zip(bank.points.split(1 << 14), finite.split(1 << 14), strict=True):
+        rows = points[kept].double() - bank.centre
+        total += rows.sum(0)
+        square = square + rows.square().sum()
+    return (square - total.square().sum() / max(n, 1)) / (n - 1 or math.nan) / len(total), n
 
 
 def _tensor(x) -> Tensor:
@@ -280,9 +292,9 @@ def _truncation(sqdist, index, h, log_weight: Tensor | None, n: int, self_rows: 
 
 
 @torch.library.register_fake("ltkernels::bank_prepare")
-def _(points):
+def _(points, copy=True):
     n, d = points.shape
-    return tuple(points.new_empty(shape, dtype=torch.float32) for shape in ((d,), (n, d), (n,)))
+    return tuple(points.new_empty(shape, dtype=torch.float32) for shape in ((d,), (n if copy else 0, d), (n,)))
 
 
 @torch.library.register_fake("ltkernels::knn")

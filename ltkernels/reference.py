@@ -23,24 +23,28 @@ def _row_chunks(of: Tensor, cost: int, elements: int = _CHUNK, on_a_card: int = 
     return (slice(i, min(i + step, len(of))) for i in range(0, len(of), step))
 
 
-def prepare(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """centre (d,), points - centre (N, d) and its squared norms (N,), in float32: what the filters of the fast kernels work on.
-
-    The centre is the median, column by column, of about a thousand rows: any point serves, and one row far away would drag the mean
-    off and loosen every row's error bound. Rows with NaN or inf become zero rows with an infinite norm.
-    """
-    finite = torch.isfinite(points).all(1)
+def centre(points: Tensor) -> Tensor:
+    """(d,) in float32, the median, column by column, of about a thousand rows: any point serves, and one row far away would drag the mean
+    off and loosen every row's error bound."""
     sample = points[:: max(1, len(points) // 1024)]
     sample = sample[torch.isfinite(sample).all(1)].float()
-    centre = sample.median(0).values if len(sample) else points.new_zeros(points.shape[1], dtype=torch.float32)
-    centre = centre.nan_to_num(posinf=0, neginf=0)  # float64 beyond float32
-    centred = torch.empty(points.shape, dtype=torch.float32, device=points.device)
+    if len(sample) == 0:
+        return points.new_zeros(points.shape[1], dtype=torch.float32)
+    return sample.median(0).values.nan_to_num(posinf=0, neginf=0)  # float64 beyond float32
+
+
+def bank_rows(points: Tensor, centre: Tensor, copy: bool) -> tuple[Tensor, Tensor]:
+    """points - centre, (N, d) or without `copy` (0, d), and its squared norms (N,), in float32: what the filters of the fast kernels work
+    on. Rows with NaN or inf become zero rows with an infinite norm."""
+    centred = torch.empty(len(points) if copy else 0, points.shape[1], dtype=torch.float32, device=points.device)
     sqnorm = torch.empty(len(points), dtype=torch.float32, device=points.device)
     for rows in _row_chunks(points, points.shape[1]):
-        shifted = points[rows].to(_arithmetic(points.dtype)) - centre
-        centred[rows] = torch.where(finite[rows, None], shifted, 0).float()
-        sqnorm[rows] = torch.where(finite[rows], centred[rows].double().square().sum(1), math.inf).float()
-    return centre, centred, sqnorm
+        finite = torch.isfinite(points[rows]).all(1)
+        shifted = torch.where(finite[:, None], points[rows].to(_arithmetic(points.dtype)) - centre, 0).float()
+        sqnorm[rows] = torch.where(finite, shifted.double().square().sum(1), math.inf).float()
+        if copy:
+            centred[rows] = shifted
+    return centred, sqnorm
 
 
 def knn(queries: Tensor, points: Tensor, k: int, self_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -269,7 +273,7 @@ def _row_sums(values: Tensor) -> Tensor:
 
 def _centred(clean: Tensor) -> tuple[Tensor, Tensor]:
     """(clean - centre, centre (D,)) in the dtype of the answers. Rows with NaN or inf are zeros: their probability is 0, and so is all that
-    they pass on. The centre is a median, as in `prepare`: one row far away must not move it."""
+    they pass on. The centre is a median, as in `centre`: one row far away must not move it."""
     wide = clean.to(_arithmetic(clean.dtype))
     finite = torch.isfinite(wide).all(1)
     sample = wide[:: max(1, len(wide) // 1024)]

@@ -1,11 +1,14 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from cases import assert_neighbours, gaussian
+from cases import assert_neighbours, clusters, gaussian, hard_cases
 
-from ltkernels import Bank, knn, knn_kde_grad
+import ltkernels
+from ltkernels import Bank, knn, knn_bandwidth, knn_kde_grad, reference
 
 
 def test_prepares_what_the_filters_read(backend, device):
@@ -30,11 +33,106 @@ def test_shares_memory():
     assert bank.points.data_ptr() == array.ctypes.data
 
 
-def test_memmap(tmp_path):
-    array = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
-    np.save(tmp_path / "points.npy", array)
-    bank = Bank(np.load(tmp_path / "points.npy", mmap_mode="r"))
-    assert torch.equal(knn(torch.zeros(1, 4), bank, 5).index, knn(torch.zeros(1, 4), torch.from_numpy(array), 5).index)
+def test_rows_are_centred_alike_by_the_compiled_part_and_the_reference():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        points = 3 + gaussian(37, 500, 1)[1].to(dtype)
+        points[3, 2], points[4, 36], points[5] = math.nan, -math.inf, 3e4
+        if dtype == torch.float64:
+            points[6, 0] = 1e300  # finite, but its square is not, and it is none in float32
+        bank = Bank(points)
+        centred, sqnorm = reference.bank_rows(points, bank.centre, copy=True)
+        assert torch.equal(bank.centred, centred) and (bank.centred[3:5] == 0).all()
+        torch.testing.assert_close(bank.sqnorm, sqnorm, rtol=3e-7, atol=0)
+        empty, alone = torch.ops.ltkernels.bank_prepare(points, copy=False)[1:]
+        assert empty.shape == (0, 37) and torch.equal(alone, bank.sqnorm)
+
+
+def memmap(tmp_path, points):
+    np.save(tmp_path / "points.npy", points.numpy())
+    return np.load(tmp_path / "points.npy", mmap_mode="r")
+
+
+FILES = hard_cases(1500, 60)
+on_the_cpu = pytest.mark.parametrize("backend", ["cpu", "reference"] if ltkernels.build_info()["cpp"] else ["reference"], indirect=True)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("name", FILES)
+def test_a_bank_in_a_file_answers_as_one_in_memory(name, tmp_path, backend):
+    queries, points, k = FILES[name]
+    if backend == "reference":
+        queries = queries[:3]
+    file, memory = Bank(memmap(tmp_path, points)), Bank(points)
+    assert len(file.centred) == 0 and len(memory.centred) == len(points)
+    assert torch.equal(file.sqnorm, memory.sqnorm)
+    for some in (queries, queries[:1]):
+        for a, b in zip(knn_kde_grad(some, file, k, bandwidth=2.0), knn_kde_grad(some, memory, k, bandwidth=2.0), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_file_of_clusters_searched_in_itself(dtype, tmp_path, backend):
+    _, points = clusters(20, 10.0, 0.1, 12, 5000 if backend == "cpu" else 500, 1)
+    points = points.to(dtype)
+    file = Bank(memmap(tmp_path, points))
+    a, b = knn(file.points, file, 9, self_index=True), knn(points, points, 9, self_index=True)
+    assert torch.equal(a.index, b.index) and torch.equal(a.sqdist, b.sqdist)
+    for rule in ("knn-median", "scott"):
+        assert torch.equal(knn_bandwidth(file, 9, rule), knn_bandwidth(points, 9, rule))
+
+
+def test_a_memmap_is_a_bank_wherever_one_is_expected(tmp_path):
+    queries, points = gaussian(6, 300, 5)
+    mapped = memmap(tmp_path, points)
+    assert torch.equal(knn(queries, mapped, 4).index, knn(queries, points, 4).index)
+    assert len(Bank(mapped[10:]).centred) == 0, "a slice of a file is in the file"
+    assert len(Bank(mapped[:, ::2]).centred) == 300 and len(Bank(mapped * 1).centred) == 300, "copies are not"
+
+
+def test_a_file_may_have_changed_before_an_update(tmp_path):
+    _, points = gaussian(6, 300, 5)
+    mapped = np.lib.format.open_memmap(tmp_path / "points.npy", "w+", np.float32, tuple(points.shape))
+    mapped[:] = points.numpy()
+    bank = Bank(mapped)
+    knn(bank.points, bank, 5, self_index=True)
+    mapped[:] = 100 * torch.randn(300, 6).numpy()
+    bank.update(mapped)
+    cold = knn(bank.points.clone(), bank.points.clone(), 5, self_index=True)
+    assert torch.equal(knn(bank.points, bank, 5, self_index=True).index, cold.index)
+    bank.update(points)
+    assert torch.equal(knn(points, bank, 5, self_index=True).index, knn(points, points, 5, self_index=True).index)
+
+
+LITTLE_MEMORY = """
+import resource, sys
+import numpy as np, torch, ltkernels
+
+def data():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+
+queries = torch.randn(100, 64)
+ltkernels.knn_kde_grad(queries, torch.randn(5000, 64), 64, bandwidth=1.0)  # threads and their stacks
+mapped = np.load(sys.argv[1], mmap_mode="r")
+resource.setrlimit(resource.RLIMIT_DATA, (data() + 2**26,) * 2)  # what is a process's own: not a file's pages
+sqdist, index = ltkernels.knn(queries, mapped, 64)
+torch.testing.assert_close(sqdist[:, 0], (torch.from_numpy(mapped[index[:, 0]]) - queries).square().sum(1))
+try:
+    ltkernels.knn(queries, torch.from_numpy(mapped), 64)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not ltkernels.build_info()["cpp"], reason="the promise is the cpu backend's; there is no compiled part")
+def test_a_file_of_a_quarter_of_a_gigabyte_is_searched_with_64_megabytes(tmp_path):
+    mapped = np.lib.format.open_memmap(tmp_path / "points.npy", "w+", np.float32, (1_000_000, 64))
+    for rows in range(0, len(mapped), 50_000):
+        mapped[rows : rows + 50_000] = torch.randn(50_000, 64).numpy()
+    mapped.flush()
+    run = subprocess.run([sys.executable, "-c", LITTLE_MEMORY, mapped.filename], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "memory" in run.stdout, "in memory it needs more: the limit works"
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -1,7 +1,8 @@
 // The order in which the rows of a bank are searched, and cells of near rows that rule each other out.
 //
 // Without cells, chunks of the bank follow each other as a golden ratio scatters them: a bank sorted by distance, whose queues
-// would fill and empty all the time, costs what any other order does. With cells, rows lie cell by cell. By the triangle inequality
+// would fill and empty all the time, costs what any other order does, and a bank on a disk is still read by ten kilobytes and more.
+// With cells, rows lie cell by cell. By the triangle inequality
 // |x - z| >= |a - b| - |x - a| - |z - b| for rows x, z of the cells of pivots a, b: cells whose rows all have k nearer rows already are never
 // multiplied. Pivots are the farthest points of a sample from each other, one after the other, so that each of as many clusters gets one.
 #pragma once
@@ -15,6 +16,7 @@
 #include <numeric>
 #include <vector>
 
+#include "../common/cpu_tasks.h"
 #include "cpu_isa.h"
 
 namespace ltkernels {
@@ -22,17 +24,24 @@ namespace {
 
 constexpr float kLargestNorm = 1e37f;  // beyond, sums of norms and products could overflow: such rows are in no cell
 
+template <class T>
 class Cells {
  public:
-  std::vector<uint32_t> order;  // position -> row
-
-  // The rows of a bank: its centred copy and their squared norms.
-  Cells(const float* centred, const float* sqnorm, int64_t n, int64_t d)
-      : centred_(centred), sqnorm_(sqnorm), n_(n), d_(d), rows_(isa::row_ops<float>(isa::level())) {
-    scatter();
+  // The rows of a bank, what is to be subtracted from them, and their squared norms after that.
+  Cells(const T* points, const float* centre, const float* sqnorm, int64_t n, int64_t d)
+      : points_(points), centre_(centre), sqnorm_(sqnorm), n_(n), d_(d) {
+    while (shift_ < 8 && (int64_t(sizeof(T)) * d << shift_) < kChunkBytes) ++shift_;
+    const int64_t chunks = n >> shift_;  // a shorter one at the end stays there
+    int64_t stride = std::max<int64_t>(1, static_cast<int64_t>(0.6180339887 * chunks));
+    while (std::gcd(stride, chunks) > 1) ++stride;
+    for (int64_t i = 0, chunk = 0; i < chunks; ++i, chunk = (chunk + stride) % chunks) first_.push_back(chunk << shift_);
+    first_.push_back(chunks << shift_);
   }
 
   bool any() const { return !radius_.empty(); }
+  uint32_t row(int64_t position) const {
+    return any() ? order_[position] : first_[position >> shift_] + (position & ((1 << shift_) - 1));
+  }
   int64_t at(int64_t position) const {  // the cell of a position
     return std::upper_bound(begin_.begin(), begin_.end(), position) - begin_.begin() - 1;
   }
@@ -52,103 +61,112 @@ class Cells {
 
   // Orders the rows by cells, if the bank looks as if that could pay.
   void find() {
-    std::vector<uint32_t> sample;
+    if (n_ < 4 * kSample) return;
+    const auto centre = isa::row_ops<T>(isa::level()).centre;
+    Rows sample{{}, std::vector<float>(kSample * d_)};
     for (int64_t i = 0; i < kSample; ++i) {
-      const uint32_t row = order[i * n_ / kSample];
-      if (sqnorm_[row] <= kLargestNorm) sample.push_back(row);
+      const uint32_t id = row(i * n_ / kSample);
+      if (!(sqnorm_[id] <= kLargestNorm)) continue;
+      sample.sqnorm.push_back(centre(points_ + id * d_, centre_, d_, sample.rows.data() + sample.size() * d_));
     }
-    if (n_ < 4 * kSample || sample.size() < kSample / 2 || !clustered(sample)) return;
-    const std::vector<uint32_t> pivots = farthest_points(sample, std::min<int64_t>(kMostCells, n_ / 64));
-    assign(pivots);
+    if (sample.size() < kSample / 2 || !clustered(sample)) return;
+    assign(farthest_points(sample, std::min<int64_t>(kMostCells, n_ / 64)));
   }
 
  private:
-  static constexpr int64_t kChunk = 32, kSample = 1024, kProbes = 33, kMostCells = 256;
+  static constexpr int64_t kChunkBytes = 64 * 1024, kSample = 1024, kProbes = 33, kMostCells = 256;
+  static constexpr int64_t kTogether = 12;  // rows whose distances to a pivot are computed while it is in a cache
   static constexpr double kRounding = 0x1p-20;
+
+  struct Rows {
+    std::vector<double> sqnorm;
+    std::vector<float> rows;
+    int64_t size() const { return sqnorm.size(); }
+  };
 
   int64_t count() const { return radius_.size(); }
 
-  void scatter() {
-    order.reserve(n_);
-    const int64_t chunks = (n_ + kChunk - 1) / kChunk;
-    int64_t stride = std::max<int64_t>(1, static_cast<int64_t>(0.6180339887 * chunks));
-    while (std::gcd(stride, chunks) != 1) ++stride;
-    for (int64_t i = 0, chunk = 0; i < chunks; ++i, chunk = (chunk + stride) % chunks) {
-      for (int64_t row = chunk * kChunk; row < std::min(n_, (chunk + 1) * kChunk); ++row) order.push_back(row);
-    }
-  }
-
-  std::vector<double> distances(uint32_t row, const std::vector<uint32_t>& to) const {  // squared
-    std::vector<double> out(to.size());
-    rows_.distances(centred_ + row * d_, centred_, d_, to.data(), to.size(), nullptr, out.data());
-    return out;
+  // Squared, of one row to all of them, by a product that may err: nothing exact depends on which pivots are chosen.
+  std::vector<float> distances(const Rows& from, int64_t to) const {
+    std::vector<float> f(from.size());
+    tiles_.thin(from.rows.data(), from.size(), d_, from.rows.data() + to * d_, 1, f.data());
+    for (int64_t i = 0; i < from.size(); ++i) f[i] = static_cast<float>(from.sqnorm[i] + from.sqnorm[to] - 2 * double(f[i]));
+    return f;
   }
 
   // Whether rows have a neighbour in the sample at half of the median distance or nearer.
-  bool clustered(const std::vector<uint32_t>& sample) const {
+  bool clustered(const Rows& sample) const {
     int64_t near = 0;
     for (int64_t i = 0; i < kProbes; ++i) {
-      const size_t probe = i * sample.size() / kProbes;
-      std::vector<double> f = distances(sample[probe], sample);
-      f[probe] = std::numeric_limits<double>::infinity();
-      const double nearest = *std::min_element(f.begin(), f.end());
+      const int64_t probe = i * sample.size() / kProbes;
+      std::vector<float> f = distances(sample, probe);
+      f[probe] = std::numeric_limits<float>::infinity();
+      const float nearest = *std::min_element(f.begin(), f.end());
       std::nth_element(f.begin(), f.begin() + f.size() / 2, f.end());
       near += 4 * nearest <= f[f.size() / 2];
     }
     return 2 * near > kProbes;
   }
 
-  std::vector<uint32_t> farthest_points(const std::vector<uint32_t>& sample, int64_t most) const {
-    std::vector<uint32_t> pivots{sample[0]};
-    std::vector<double> nearest = distances(sample[0], sample);
-    const double spread = *std::max_element(nearest.begin(), nearest.end());
-    while (static_cast<int64_t>(pivots.size()) < most) {
-      const auto farthest = std::max_element(nearest.begin(), nearest.end());
-      if (16 * *farthest <= spread) break;  // every cluster has its pivot: more would cut them up
-      pivots.push_back(sample[farthest - nearest.begin()]);
-      const std::vector<double> f = distances(pivots.back(), sample);
+  Rows farthest_points(const Rows& sample, int64_t most) const {
+    Rows pivots;
+    std::vector<float> nearest(sample.size(), std::numeric_limits<float>::infinity());
+    float spread = 0;
+    for (int64_t pivot = 0; pivots.size() < most; pivot = std::max_element(nearest.begin(), nearest.end()) - nearest.begin()) {
+      if (pivots.size() > 0 && 16 * nearest[pivot] <= spread) break;  // every cluster has its pivot: more would cut them up
+      const float* row = sample.rows.data() + pivot * d_;
+      pivots.rows.insert(pivots.rows.end(), row, row + d_);
+      pivots.sqnorm.push_back(sample.sqnorm[pivot]);
+      const std::vector<float> f = distances(sample, pivot);
+      if (pivots.size() == 1) spread = *std::max_element(f.begin(), f.end());
       for (size_t i = 0; i < f.size(); ++i) nearest[i] = std::min(nearest[i], f[i]);
     }
     return pivots;
   }
 
   // Every row goes to the nearest pivot, by a product that may err: what counts is the distance to the pivot chosen.
-  void assign(const std::vector<uint32_t>& pivots) {
+  void assign(const Rows& pivots) {
     const int64_t cells = pivots.size();
-    std::vector<float> centres(cells * d_), half_norm(cells);
-    for (int64_t c = 0; c < cells; ++c) {
-      std::copy_n(centred_ + pivots[c] * d_, d_, centres.data() + c * d_);
-      half_norm[c] = 0.5f * sqnorm_[pivots[c]];
-    }
-    const isa::TileOps tiles = isa::tile_ops(std::min(isa::level(), isa::Level::kAvx512));
+    const auto centre = isa::row_ops<T>(isa::level()).centre;
     std::vector<uint32_t> cell(n_);
     std::vector<float> radius(n_);
-    torch::stable::parallel_for(0, n_, 256, [&](int64_t first, int64_t last) {
-      std::vector<float> key(cells);
-      for (int64_t row = first; row < last; ++row) {
-        const uint32_t id = row;
-        if (!(sqnorm_[row] <= kLargestNorm)) {
-          cell[row] = cells;
-          continue;
+    torch::stable::parallel_for(0, divide_up(n_, kTogether), 16, [&](int64_t first, int64_t last) {
+      std::vector<float> key(kTogether * cells), rows(kTogether * d_);
+      for (int64_t i = first * kTogether; i < std::min(n_, last * kTogether); i += kTogether) {
+        const int64_t count = std::min(kTogether, n_ - i);
+        for (int64_t r = 0; r < count; ++r) centre(points_ + (i + r) * d_, centre_, d_, rows.data() + r * d_);
+        for (int64_t c = 0; c < cells; ++c) tiles_.thin(rows.data(), count, d_, pivots.rows.data() + c * d_, cells, key.data() + c);
+        for (int64_t r = 0; r < count; ++r) {
+          if (!(sqnorm_[i + r] <= kLargestNorm)) {
+            cell[i + r] = cells;
+            continue;
+          }
+          float* keys = key.data() + r * cells;
+          for (int64_t c = 0; c < cells; ++c) keys[c] = static_cast<float>(0.5 * pivots.sqnorm[c]) - keys[c];
+          cell[i + r] = std::min_element(keys, keys + cells) - keys;
+          double f;
+          floats_.distances(rows.data() + r * d_, pivots.rows.data(), d_, &cell[i + r], 1, nullptr, &f);
+          radius[i + r] = static_cast<float>(std::sqrt(f));
         }
-        tiles.thin(centres.data(), cells, d_, centred_ + row * d_, 1, key.data());
-        for (int64_t c = 0; c < cells; ++c) key[c] = half_norm[c] - key[c];
-        cell[row] = std::min_element(key.begin(), key.end()) - key.begin();
-        double f;
-        rows_.distances(centres.data() + cell[row] * d_, centred_, d_, &id, 1, nullptr, &f);
-        radius[row] = static_cast<float>(std::sqrt(f));
       }
     });
     lay_out(pivots, cell, radius);
   }
 
   // Cells follow each other from neighbour to neighbour, so that blocks hold near cells; rows keep their order within a cell.
-  void lay_out(const std::vector<uint32_t>& pivots, const std::vector<uint32_t>& cell, const std::vector<float>& radius) {
+  void lay_out(const Rows& pivots, const std::vector<uint32_t>& cell, const std::vector<float>& radius) {
     const int64_t cells = pivots.size();
     std::vector<uint32_t> chain{0};
     std::vector<uint8_t> used(cells);
-    std::vector<std::vector<double>> f(cells);
-    for (int64_t c = 0; c < cells; ++c) f[c] = distances(pivots[c], pivots);
+    std::vector<uint32_t> all(cells);
+    std::iota(all.begin(), all.end(), 0);
+    std::vector<std::vector<double>> f(cells, std::vector<double>(cells));
+    torch::stable::parallel_for(0, cells, 1, [&](int64_t first, int64_t last) {
+      for (int64_t c = first; c < last; ++c) {
+        const float* rows = pivots.rows.data();
+        floats_.distances(rows + c * d_, rows, d_, all.data(), cells, nullptr, f[c].data());
+      }
+    });
     for (used[0] = 1; static_cast<int64_t>(chain.size()) < cells; used[chain.back()] = 1) {
       int64_t next = -1;
       for (int64_t c = 0; c < cells; ++c) {
@@ -156,13 +174,15 @@ class Cells {
       }
       chain.push_back(next);
     }
+    std::vector<uint32_t> scattered(n_);
+    for (int64_t i = 0; i < n_; ++i) scattered[i] = row(i);
     // One more cell, without a bound, holds the rows that are in none.
     radius_.assign(cells + 1, 0), norm_.assign(cells + 1, 0), distance_.assign((cells + 1) * (cells + 1), 0);
     radius_[cells] = std::numeric_limits<double>::infinity();
     std::vector<uint32_t> place(cells + 1, cells);
     for (int64_t a = 0; a < cells; ++a) {
       place[chain[a]] = a;
-      norm_[a] = std::sqrt(double(sqnorm_[pivots[chain[a]]]));
+      norm_[a] = std::sqrt(pivots.sqnorm[chain[a]]);
       for (int64_t b = 0; b < cells; ++b) distance_[a * (cells + 1) + b] = std::sqrt(f[chain[a]][chain[b]]);
     }
     begin_.assign(cells + 2, 0);
@@ -173,14 +193,18 @@ class Cells {
     }
     std::partial_sum(begin_.begin(), begin_.end(), begin_.begin());
     std::vector<int64_t> next(begin_.begin(), begin_.end() - 1);
-    std::vector<uint32_t> sorted(n_);
-    for (const uint32_t row : order) sorted[next[place[cell[row]]]++] = row;
-    order = std::move(sorted);
+    order_.resize(n_);
+    for (const uint32_t row : scattered) order_[next[place[cell[row]]]++] = row;
   }
 
-  const float *centred_, *sqnorm_;
+  const T* points_;
+  const float *centre_, *sqnorm_;
   int64_t n_, d_;
-  isa::RowOps<float> rows_;
+  int shift_ = 5;                // chunks have 2^shift rows
+  std::vector<uint32_t> first_;  // of each chunk of positions: its first row
+  const isa::RowOps<float> floats_ = isa::row_ops<float>(isa::level());
+  const isa::TileOps tiles_ = isa::tile_ops(std::min(isa::level(), isa::Level::kAvx512));  // of floats
+  std::vector<uint32_t> order_;  // position -> row, once there are cells
   std::vector<int64_t> begin_;
   std::vector<double> radius_, norm_, distance_;  // of a cell: farthest row from its pivot; |pivot|; between pivots
 };

@@ -165,7 +165,7 @@ LT_INLINE float bisect(const float* x, int64_t count, int64_t wanted, int64_t sl
   }
 }
 
-// ---- exact distances and weighted sums -----------------------------------------------------------------------------
+// ---- rows: centred, exact distances, weighted sums -----------------------------------------------------------------
 
 template <class T>
 LT_INLINE const Wide<T>* widen(const T* row, int64_t d, Wide<T>* buffer) {
@@ -175,6 +175,45 @@ LT_INLINE const Wide<T>* widen(const T* row, int64_t d, Wide<T>* buffer) {
     for (int64_t i = 0; i < d; ++i) buffer[i] = static_cast<float>(row[i]);
     return buffer;
   }
+}
+
+// out = row - centre, subtracted in the input's arithmetic and rounded to float. Returns |out|^2: NaN or inf if the row has such.
+template <class T>
+LT_INLINE double centre_row(const T* row, const float* centre, int64_t d, float* out) {
+  using W = Wide<T>;
+  double8 acc[2] = {};
+  int64_t i = 0;
+  for (; i + 16 <= d; i += 16) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      float8 x;
+      if constexpr (std::is_same_v<T, float>) {
+        x = *(const float8*)(row + i + 8 * v) - *(const float8*)(centre + i + 8 * v);
+      } else {
+        for (int l = 0; l < 8; ++l) {
+          x[l] = static_cast<float>(static_cast<W>(row[i + 8 * v + l]) - static_cast<W>(centre[i + 8 * v + l]));
+        }
+      }
+      *(float8*)(out + i + 8 * v) = x;
+      const double8 wide{x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]};
+      acc[v] += wide * wide;
+    }
+  }
+  const double8 s = acc[0] + acc[1];
+  double sum = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  for (; i < d; ++i) {
+    out[i] = static_cast<float>(static_cast<W>(row[i]) - static_cast<W>(centre[i]));
+    sum += double(out[i]) * out[i];
+  }
+  return sum;
+}
+
+template <class T>
+bool finite(const T* row, int64_t d) {
+  for (int64_t i = 0; i < d; ++i) {
+    if (!std::isfinite(static_cast<Wide<T>>(row[i]))) return false;
+  }
+  return true;
 }
 
 // (a - b) of 8 entries: subtracted in the input's arithmetic, widened after.
@@ -285,6 +324,7 @@ struct TileOps {
 
 template <class T>
 struct RowOps {
+  double (*centre)(const T* row, const float* centre, int64_t d, float* out);
   void (*distances)(const Wide<T>* q, const T* points, int64_t d, const uint32_t* ids, int64_t count, Wide<T>* buffer,
                     double* out);
   void (*weighted)(const Wide<T>* q, const T* points, int64_t d, const int64_t* ids, const double* weight,
@@ -312,6 +352,10 @@ struct RowOps {
   TARGET static int64_t count_up_to(const float* x, int64_t n, float value) { return isa::count_up_to(x, n, value); }  \
   TARGET static float bisect(const float* x, int64_t n, int64_t wanted, int64_t slack) {                               \
     return isa::bisect(x, n, wanted, slack);                                                                           \
+  }                                                                                                                    \
+  template <class T>                                                                                                   \
+  TARGET static double centre(const T* row, const float* c, int64_t d, float* out) {                                   \
+    return centre_row<T>(row, c, d, out);                                                                              \
   }                                                                                                                    \
   template <class T>                                                                                                   \
   TARGET static void distances(const Wide<T>* q, const T* p, int64_t d, const uint32_t* ids, int64_t n,                \
@@ -468,10 +512,10 @@ inline TileOps tile_ops(Level level) {
 template <class T>
 RowOps<T> row_ops(Level level) {
 #if LT_X86
-  if (level >= Level::kAvx512) return {Avx512::distances<T>, Avx512::weighted<T>};
-  if (level == Level::kAvx2) return {Avx2::distances<T>, Avx2::weighted<T>};
+  if (level >= Level::kAvx512) return {Avx512::centre<T>, Avx512::distances<T>, Avx512::weighted<T>};
+  if (level == Level::kAvx2) return {Avx2::centre<T>, Avx2::distances<T>, Avx2::weighted<T>};
 #endif
-  return {Baseline::distances<T>, Baseline::weighted<T>};
+  return {Baseline::centre<T>, Baseline::distances<T>, Baseline::weighted<T>};
 }
 
 }  // namespace ltkernels::isa

@@ -3,23 +3,20 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 #include "../common/cpu_memory.h"
+#include "../common/cpu_tasks.h"
 #include "cpu_isa.h"
 
 namespace ltkernels {
 namespace {
 
 using isa::Wide;
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
 
 using AlignedFloats = AlignedVector<float>;
 
@@ -49,12 +46,35 @@ struct Queues {
   }
 };
 
-template <class T>
+// A candidate's place in the order (f, index). For floats one integer: bits of f >= 0 compare as f does, and sorting is twice as fast.
+template <class W>
 struct Ranked {
-  Wide<T> f;
-  uint32_t id;
-  float low;
-  bool operator<(const Ranked& other) const { return f < other.f || (f == other.f && id < other.id); }
+  W f_;
+  uint32_t id_;
+  Ranked() = default;
+  Ranked(W f, uint32_t id) : f_(f), id_(id) {}
+  W f() const { return f_; }
+  uint32_t id() const { return id_; }
+  bool operator<(const Ranked& other) const { return f_ < other.f_ || (f_ == other.f_ && id_ < other.id_); }
+};
+
+template <>
+struct Ranked<float> {
+  uint64_t key;
+  Ranked() = default;
+  Ranked(float f, uint32_t id) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    key = uint64_t(bits) << 32 | id;
+  }
+  float f() const {
+    const auto bits = static_cast<uint32_t>(key >> 32);
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+  }
+  uint32_t id() const { return static_cast<uint32_t>(key); }
+  bool operator<(const Ranked& other) const { return key < other.key; }
 };
 
 // Scratch of one thread.
@@ -70,7 +90,7 @@ struct Worker {
   std::vector<uint32_t> id;
   std::vector<double> f, weight, sum;
   std::vector<Wide<T>> query, buffer;
-  std::vector<Ranked<T>> ranked;
+  std::vector<Ranked<Wide<T>>> place, ranked;
   int64_t packed_bank = -1;
 };
 

@@ -48,12 +48,10 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kBlockFloats = 512 * 1024;     // a packed block: 2 MiB, shares of the last-level cache
 constexpr int64_t kSubBlockFloats = 128 * 1024;  // query rows that stay in L2 while a panel of the bank passes
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class T>
 struct Problem {
   const T *queries, *points;
-  const float *centre, *centred, *sqnorm;
+  const float *centre, *sqnorm;
   const int64_t* self_index;    // or null
   const Wide<T>* bound;         // or null
   int64_t q, n, d, k;
@@ -73,7 +71,7 @@ class Search {
       : p_(problem),
         ops_(isa::tile_ops(isa::level())),
         rank_(isa::row_ops<T>(isa::level())),
-        cells_(p_.centred, p_.sqnorm, p_.n, p_.d) {
+        cells_(p_.points, p_.centre, p_.sqnorm, p_.n, p_.d) {
     const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
     workers_.resize(threads);
     zeros_.assign(p_.d, 0.f);
@@ -169,36 +167,25 @@ class Search {
   }
 
   // Rows and columns of tiles are positions in the order of the cells; the queries of a rectangular search are themselves.
-  int64_t row_at(int64_t position) const { return symmetric_ ? cells_.order[position] : position; }
+  int64_t row_at(int64_t position) const { return symmetric_ ? cells_.row(position) : position; }
 
   Range block(int64_t b, int64_t n) const { return {b * block_, std::min(n, (b + 1) * block_)}; }
 
   // ---- rows --------------------------------------------------------------------------------------------------------
 
-  static bool finite(const T* row, int64_t d) {
-    for (int64_t i = 0; i < d; ++i) {
-      if (!std::isfinite(static_cast<W>(row[i]))) return false;
-    }
-    return true;
-  }
-
   // q' of a query; |q'|^2, +inf where it is not bounded, NaN for a query with NaN or inf.
   float shift(int64_t row, float* out) const {
     const T* q = p_.queries + row * p_.d;
-    double sum = 0;
-    for (int64_t i = 0; i < p_.d; ++i) {
-      out[i] = static_cast<float>(static_cast<W>(q[i]) - static_cast<W>(p_.centre[i]));
-      sum += double(out[i]) * out[i];
-    }
+    const double sum = rank_.centre(q, p_.centre, p_.d, out);
     if (sum <= kLargestNorm) return static_cast<float>(sum);
     std::fill_n(out, p_.d, 0.f);
-    return finite(q, p_.d) ? kInf : kNaN;
+    return isa::finite(q, p_.d) ? kInf : kNaN;
   }
 
   float floor_of(int64_t id) const {  // low + q'.c; +inf for rows that are infinitely far, -inf for rows without a bound
     const float n = p_.sqnorm[id];
     if (n <= kLargestNorm) return n * (0.5f - slope_) - underflow_;
-    return finite(p_.points + id * p_.d, p_.d) ? -kInf : kInf;
+    return isa::finite(p_.points + id * p_.d, p_.d) ? -kInf : kInf;
   }
 
   float limit_of(float sqnorm, double f) const {  // limit that keeps every row with a distance up to f
@@ -210,8 +197,10 @@ class Search {
 
   int64_t self_of(int64_t row) const { return p_.self_index ? p_.self_index[row] : -1; }
 
-  const float* centred_row(int64_t id) const {  // zero where the filter is off
-    return p_.sqnorm[id] <= kLargestNorm ? p_.centred + id * p_.d : zeros_.data();
+  const float* centred_row(int64_t id, float* out) const {  // zero where the filter is off
+    if (!(p_.sqnorm[id] <= kLargestNorm)) return zeros_.data();
+    rank_.centre(p_.points + id * p_.d, p_.centre, p_.d, out);
+    return out;
   }
 
   void start(std::vector<Queues>& queues, Range range) {
@@ -235,7 +224,7 @@ class Search {
   // ---- filter ------------------------------------------------------------------------------------------------------
 
   // Packs rows into slices of kDepth words, a slice into panels of `width` rows: what `multiply` reads in sequence
-  // lies in sequence. The query rows of a rectangular search are shifted on the way, and rows rounded to integers.
+  // lies in sequence. Rows are centred on the way, so that the bank can be where it is (a file), and rounded to integers.
   template <class Pack>
   void pack(Worker<T>& w, Range rows, int width, Pack pack_panel, AlignedFloats& out, std::vector<float>& scale) {
     const int64_t panels = divide_up(rows.size(), width);
@@ -248,15 +237,17 @@ class Search {
     for (int64_t panel = 0; panel < panels; ++panel) {
       for (int r = 0; r < width; ++r) {
         const int64_t position = rows.begin + panel * width + r;
+        float* shifted = w.shifted.data() + r * p_.d;
         float sqnorm = 0;
         if (position >= rows.end) {
           sources[r] = zeros_.data();
         } else if (queries) {
-          sources[r] = w.shifted.data() + r * p_.d;
-          sqnorm = shift(position, w.shifted.data() + r * p_.d);
+          sources[r] = shifted;
+          sqnorm = shift(position, shifted);
         } else {
-          sources[r] = centred_row(cells_.order[position]);
-          sqnorm = p_.sqnorm[cells_.order[position]];
+          const int64_t id = cells_.row(position);
+          sources[r] = centred_row(id, shifted);
+          sqnorm = p_.sqnorm[id];
         }
         if (ops_.quantise) {
           float* words = w.words.data() + r * words_;
@@ -273,7 +264,7 @@ class Search {
 
   void floors(Range rows, std::vector<float>& out) const {  // NaN pads to whole tiles: it passes no comparison
     out.assign(rows.size() + isa::kMaxTileCols, kNaN);
-    for (int64_t i = 0; i < rows.size(); ++i) out[i] = floor_of(cells_.order[rows.begin + i]);
+    for (int64_t i = 0; i < rows.size(); ++i) out[i] = floor_of(cells_.row(rows.begin + i));
   }
 
   // The largest distance a row of each cell that `rows` meets still lets in. A row that lets in more than its cell is wide
@@ -378,8 +369,10 @@ class Search {
 
   void multiply_thin(Worker<T>& w, Range rows, Range sub, Range panel) {
     const float* queries = w.shifted.data() + (sub.begin - rows.begin) * p_.d;
+    w.words.resize(p_.d);
     for (int64_t col = panel.begin; col < panel.end; ++col) {
-      ops_.thin(queries, sub.size(), p_.d, centred_row(cells_.order[col]), ops_.cols, w.tile.data() + (col - panel.begin));
+      const float* point = centred_row(cells_.row(col), w.words.data());
+      ops_.thin(queries, sub.size(), p_.d, point, ops_.cols, w.tile.data() + (col - panel.begin));
     }
   }
 
@@ -407,11 +400,11 @@ class Search {
       }
       for (uint32_t mask = row_mask[r]; mask != 0; mask &= mask - 1) {
         const int c = __builtin_ctz(mask);
-        push(w, queues, row, cells_.order[cols.begin + c], col_floor[c] - tile[c]);
+        push(w, queues, row, cells_.row(cols.begin + c), col_floor[c] - tile[c]);
       }
       for (uint32_t mask = col_mask[r]; mask != 0; mask &= mask - 1) {
         const int c = __builtin_ctz(mask);
-        push(w, queues, cols.begin + c, cells_.order[row], row_floor[r] - tile[c]);
+        push(w, queues, cols.begin + c, cells_.row(row), row_floor[r] - tile[c]);
       }
     }
   }
@@ -434,15 +427,16 @@ class Search {
     const uint32_t count = tighten(queue, queues.count[slot], p_.k / 8, queues.sqnorm[slot], limit);
     if (2 * count <= p_.k + capacity_) return count;
     rank(w, row, queue, count);
-    W kth = 0;
-    uint32_t last = 0;
-    for (int64_t i = 0; i < p_.k; ++i) {
-      queue.low[i] = w.ranked[i].low, queue.id[i] = w.ranked[i].id;
-      kth = std::max(kth, w.ranked[i].f), last = std::max(last, w.ranked[i].id);
+    const Ranked<W> kth = w.ranked[p_.k - 1];
+    uint32_t last = 0, kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (kth < w.place[i]) continue;
+      last = std::max(last, queue.id[i]);
+      queue.low[kept] = queue.low[i], queue.id[kept++] = queue.id[i];
     }
-    limit = std::min(limit, limit_of(queues.sqnorm[slot], kth));
-    if (kth == 0) queues.last[slot] = last;
-    return static_cast<uint32_t>(p_.k);
+    limit = std::min(limit, limit_of(queues.sqnorm[slot], kth.f()));
+    if (kth.f() == 0) queues.last[slot] = last;
+    return kept;
   }
 
   // Lowers the limit to an upper bound that k (to k + slack) candidates reach, and drops those that cannot.
@@ -471,16 +465,17 @@ class Search {
 
   // ---- rank --------------------------------------------------------------------------------------------------------
 
-  // w.ranked[0, min(k, count)) = the candidates first in (f, index), in any order.
+  // w.place[i] = where candidate i stands in (f, index); w.ranked = the same with the k first in front, the last of these k last.
   void rank(Worker<T>& w, int64_t row, Candidates queue, int64_t count) const {
-    w.f.resize(count), w.ranked.resize(count);
+    w.f.resize(count), w.place.resize(count);
     const W* q = widen_query(w, row);
     rank_.distances(q, p_.points, p_.d, queue.id, count, w.buffer.data(), w.f.data());
     for (int64_t i = 0; i < count; ++i) {
       const W f = static_cast<W>(w.f[i]);
-      w.ranked[i] = {std::isnan(f) ? std::numeric_limits<W>::infinity() : f, queue.id[i], queue.low[i]};
+      w.place[i] = {std::isnan(f) ? std::numeric_limits<W>::infinity() : f, queue.id[i]};
     }
-    if (count > p_.k) std::nth_element(w.ranked.begin(), w.ranked.begin() + (p_.k - 1), w.ranked.end());
+    w.ranked = w.place;
+    std::nth_element(w.ranked.begin(), w.ranked.begin() + (p_.k - 1), w.ranked.end());
   }
 
   const W* widen_query(Worker<T>& w, int64_t row) const {
@@ -523,8 +518,8 @@ class Search {
     std::sort(w.ranked.begin(), w.ranked.begin() + p_.k);
     int64_t* index = p_.index + row * p_.k;
     for (int64_t i = 0; i < p_.k; ++i) {
-      p_.sqdist[row * p_.k + i] = w.ranked[i].f;
-      index[i] = w.ranked[i].id;
+      p_.sqdist[row * p_.k + i] = w.ranked[i].f();
+      index[i] = w.ranked[i].id();
     }
     if (p_.bandwidth) write_density(w, row, index);
   }
@@ -546,9 +541,13 @@ class Search {
       return;
     }
     for (double& weight : w.weight) total += weight = std::exp(weight - largest);
+    for (double& weight : w.weight) weight /= total;
     p_.log_density[row] = static_cast<W>(largest + std::log(total) - std::log(double(p_.k)));
     rank_.weighted(widen_query(w, row), p_.points, p_.d, index, w.weight.data(), p_.k, w.sum.data());
-    for (int64_t i = 0; i < p_.d; ++i) score[i] = static_cast<W>(w.sum[i] / total / h / h);
+    const double inverse = 1 / h;
+    for (int64_t i = 0; i < p_.d; ++i) {
+      score[i] = static_cast<W>(inverse < kInf ? w.sum[i] * inverse * inverse : w.sum[i] / h / h);
+    }
   }
 
   void write_undefined(int64_t row) const {  // a query with NaN or inf: NaN, and the k lowest available rows
@@ -565,7 +564,7 @@ class Search {
   const Problem<T>& p_;
   isa::TileOps ops_;
   const isa::RowOps<T> rank_;
-  Cells cells_;
+  Cells<T> cells_;
   std::vector<Worker<T>> workers_;
   std::vector<float> zeros_;
   int64_t block_ = 0, capacity_ = 0, words_ = 0;  // words_: of a packed row

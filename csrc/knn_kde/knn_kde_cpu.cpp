@@ -11,7 +11,7 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 struct Inputs {
-  const Tensor &queries, &points, &centre, &centred, &sqnorm;
+  const Tensor &queries, &points, &centre, &sqnorm;
   const std::optional<Tensor>&self_index, &bound;
   int64_t k;
 };
@@ -24,13 +24,45 @@ void check(const char* op, const Inputs& in) {
   check_matrix(op, "queries", in.queries, q, d, in.points.scalar_type());
   check_matrix(op, "points", in.points, n, d, in.points.scalar_type());
   check_vector(op, "centre", in.centre, d, ScalarType::Float);
-  check_matrix(op, "centred", in.centred, n, d, ScalarType::Float);
   check_vector(op, "sqnorm", in.sqnorm, n, ScalarType::Float);
   if (in.self_index) check_vector(op, "self_index", *in.self_index, q, ScalarType::Long);
   if (in.bound) check_vector(op, "bound", *in.bound, q, result_type(in.points.scalar_type()));
   LT_CHECK(d >= 1, op, "points must have at least one column");
   LT_CHECK(n <= int64_t(UINT32_MAX), op, "at most 2^32 - 1 bank rows on the CPU; got ", n);
   LT_CHECK(in.k >= 1 && in.k <= n, op, "k must be in [1, N]; got k=", in.k, " with N=", n);
+}
+
+template <class T>
+void centre_rows(const Tensor& points, const Tensor& centre, Tensor& centred, Tensor& sqnorm) {
+  const int64_t n = points.size(0), d = points.size(1);
+  const auto* rows = static_cast<const T*>(points.const_data_ptr());
+  const auto* shift = static_cast<const float*>(centre.const_data_ptr());
+  auto* out = static_cast<float*>(centred.mutable_data_ptr());
+  auto* norm = static_cast<float*>(sqnorm.mutable_data_ptr());
+  const bool copy = centred.size(0) == n;
+  const auto ops = isa::row_ops<T>(isa::level());
+  torch::stable::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(copy ? 0 : d);
+    for (int64_t i = begin; i < end; ++i) {
+      float* row = copy ? out + i * d : scratch.data();
+      const double sum = ops.centre(rows + i * d, shift, d, row);
+      norm[i] = static_cast<float>(sum);
+      if (sum < kInf || isa::finite(rows + i * d, d)) continue;
+      std::fill_n(row, d, 0.f);
+      norm[i] = kInf;
+    }
+  });
+}
+
+template <class F>
+void for_dtype(const char* op, ScalarType type, const F& f) {  // f(a value of the type)
+  switch (type) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::Half: return f(Half{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    default: LT_CHECK(false, op, "expected fp16, bf16, fp32 or fp64 points");
+  }
 }
 
 template <class T>
@@ -46,7 +78,6 @@ void search(const Inputs& in, Tensor& sqdist, Tensor& index, const Tensor* bandw
   p.queries = static_cast<const T*>(in.queries.const_data_ptr());
   p.points = static_cast<const T*>(in.points.const_data_ptr());
   p.centre = static_cast<const float*>(in.centre.const_data_ptr());
-  p.centred = static_cast<const float*>(in.centred.const_data_ptr());
   p.sqnorm = static_cast<const float*>(in.sqnorm.const_data_ptr());
   p.self_index = data<int64_t>(in.self_index);
   p.bound = data<W>(in.bound);
@@ -64,21 +95,29 @@ void search(const Inputs& in, Tensor& sqdist, Tensor& index, const Tensor* bandw
 
 void dispatch(const char* op, const Inputs& in, Tensor& sqdist, Tensor& index, const Tensor* bandwidth,
               const std::optional<Tensor>& log_weight, Tensor* log_density, Tensor* score) {
-  switch (in.points.scalar_type()) {
-    case ScalarType::Float: return search<float>(in, sqdist, index, bandwidth, log_weight, log_density, score);
-    case ScalarType::Double: return search<double>(in, sqdist, index, bandwidth, log_weight, log_density, score);
-    case ScalarType::Half: return search<Half>(in, sqdist, index, bandwidth, log_weight, log_density, score);
-    case ScalarType::BFloat16: return search<BFloat16>(in, sqdist, index, bandwidth, log_weight, log_density, score);
-    default: LT_CHECK(false, op, "expected fp16, bf16, fp32 or fp64 points");
-  }
+  for_dtype(op, in.points.scalar_type(), [&](auto zero) {
+    search<decltype(zero)>(in, sqdist, index, bandwidth, log_weight, log_density, score);
+  });
 }
 
 }  // namespace
 
+std::tuple<Tensor, Tensor> bank_rows_cpu(const Tensor& points, const Tensor& centre, bool copy) {
+  const char* op = "bank_prepare";
+  LT_CHECK(points.dim() == 2, op, "points must be a matrix");
+  const int64_t n = points.size(0), d = points.size(1);
+  check_matrix(op, "points", points, n, d, points.scalar_type());
+  check_vector(op, "centre", centre, d, ScalarType::Float);
+  Tensor centred = torch::stable::new_empty(points, {copy ? n : 0, d}, ScalarType::Float);
+  Tensor sqnorm = torch::stable::new_empty(points, {n}, ScalarType::Float);
+  for_dtype(op, points.scalar_type(), [&](auto zero) { centre_rows<decltype(zero)>(points, centre, centred, sqnorm); });
+  return {centred, sqnorm};
+}
+
 std::tuple<Tensor, Tensor> knn_cpu(const Tensor& queries, const Tensor& points, const Tensor& centre,
                                    const Tensor& centred, const Tensor& sqnorm, const std::optional<Tensor>& self_index,
                                    const std::optional<Tensor>& bound, int64_t k) {
-  const Inputs in{queries, points, centre, centred, sqnorm, self_index, bound, k};
+  const Inputs in{queries, points, centre, sqnorm, self_index, bound, k};
   check("knn", in);
   const int64_t q = queries.size(0);
   Tensor sqdist = torch::stable::new_empty(points, {q, k}, result_type(points.scalar_type()));
@@ -93,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> knn_kde_cpu(const Tensor& queries, co
                                                        const std::optional<Tensor>& bound, int64_t k,
                                                        const Tensor& bandwidth,
                                                        const std::optional<Tensor>& log_weight) {
-  const Inputs in{queries, points, centre, centred, sqnorm, self_index, bound, k};
+  const Inputs in{queries, points, centre, sqnorm, self_index, bound, k};
   check("knn_kde", in);
   const int64_t q = queries.size(0), n = points.size(0), d = points.size(1);
   const ScalarType type = result_type(points.scalar_type());

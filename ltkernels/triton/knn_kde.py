@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import reference
 from .knn_kde_kernels import GROUP, _columns, _density, _filter, _merge, _rows, _select
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -224,6 +225,8 @@ def _guard(queries: Tensor):
 
 def _knn(queries, points, centre, centred, sqnorm, self_index, bound, k) -> tuple[Tensor, Tensor]:
     n_queries, d = queries.shape
+    if len(centred) < len(points):  # a bank on a disk keeps no copy; only the interpreter meets one
+        centred, _ = reference.bank_rows(points, centre, copy=True)
     sqdist = torch.empty(n_queries, k, dtype=torch.float32, device=queries.device)
     index = torch.empty(n_queries, k, dtype=torch.int64, device=queries.device)
     with _guard(queries):
