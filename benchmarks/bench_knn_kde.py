@@ -1,4 +1,5 @@
-"""knn and knn_kde_grad beside what one would otherwise use: torch.cdist + topk, faiss, scikit-learn, and the matrix product as a floor.
+"""knn and knn_kde_grad beside what one would otherwise use: torch.cdist + topk, faiss, scikit-learn, scipy, KeOps, and the matrix product
+as a floor.
 
     pytest benchmarks --benchmark-only                       # all sizes; benchmarks/report.py makes tables and pictures of it
     pytest benchmarks --benchmark-only -k "self and 20000"   # one group
@@ -7,11 +8,15 @@
 Every implementation answers the same question on the same data, and its error against float64 on 64 rows is asserted before it is
 timed; on a card the clock stops when the card has finished. Groups compare inside one run: quote ratios of medians. `peak_mb` is the
 memory one call needs beyond its inputs.
+
+Where points search themselves, every call starts from the points; where others search them, whoever has an index made it before, and
+"plain tensor" is ltkernels without one.
 """
 
 import ctypes
 import gc
 import math
+import time
 
 import numpy as np
 import pytest
@@ -20,17 +25,30 @@ import torch
 import ltkernels
 
 K = 64
-SIZES = {  # queries (None: the bank itself, leave-one-out), points, dimensions, and a shape of SHAPES instead of a Gaussian one
-    "self N=20000 d=512": (None, 20_000, 512),
-    "self N=20000 d=64": (None, 20_000, 64),
-    "self N=20000 d=512 in 200 clusters": (None, 20_000, 512, "clusters"),
-    "self N=20000 d=512 far to near": (None, 20_000, 512, "far to near"),
-    "self N=20000 d=512 of 50 values": (None, 20_000, 512, "duplicates"),
-    "Q=4096 N=50000 d=128": (4_096, 50_000, 128),
-    "Q=1 N=50000 d=128": (1, 50_000, 128),
+BRUTE = ("product only", "ltkernels", "cdist+topk", "faiss", "scikit-learn")
+PLAIN, KEOPS, TREES = "ltkernels, plain tensor", "KeOps", ("cKDTree", "kd_tree", "ball_tree")
+SIZES = {  # who is timed; queries (None: the bank itself, leave-one-out), points, dimensions, a shape of SHAPES instead of a Gaussian one
+    "self N=20000 d=512": (BRUTE, None, 20_000, 512),
+    "self N=20000 d=64": (BRUTE, None, 20_000, 64),  # without KeOps: 9 s, at d = 512 three minutes
+    "self N=20000 d=512 in 200 clusters": (BRUTE[:2], None, 20_000, 512, "clusters"),
+    "self N=20000 d=512 far to near": (BRUTE[:2], None, 20_000, 512, "far to near"),
+    "self N=20000 d=512 of 50 values": (BRUTE[:2], None, 20_000, 512, "duplicates"),
+    "Q=4096 N=50000 d=128": ((*BRUTE, PLAIN, KEOPS), 4_096, 50_000, 128),
+    "Q=1 N=50000 d=128": ((*BRUTE[1:], PLAIN, KEOPS), 1, 50_000, 128),
 }
-GROWTH = (5_000, 10_000, 20_000, 40_000, 80_000)  # points of 64 dimensions, leave-one-out
-MOST = {"cdist+topk": 20_000, "faiss": 40_000, "product only": 20_000}  # minutes otherwise, or 6 GB of products
+FEW_DIMENSIONS = {  # without those that take minutes: trees at d = 16 look at most points; the product has 40 GB
+    "Q=2000 N=100000 d=3": (("ltkernels", PLAIN, *TREES, "faiss", "cdist+topk", KEOPS), 2_000, 100_000, 3),
+    "Q=2000 N=100000 d=16": (("ltkernels", PLAIN, *TREES, "faiss", "cdist+topk", KEOPS), 2_000, 100_000, 16),
+    "self N=100000 d=3": (("ltkernels", "cKDTree", "kd_tree", "faiss"), None, 100_000, 3),
+    "self N=100000 d=16": (("ltkernels", "faiss"), None, 100_000, 16),
+}
+BANDWIDTH = {3: 0.2, 16: 2.7}  # else sqrt(d): of the order of the k-th distance
+GROWTH = (5_000, 10_000, 40_000, 80_000)  # Gaussian points, leave-one-out; SIZES has 20 000
+MOST = {  # dimensions -> who -> points: minutes beyond, or 6 GB of products
+    64: {"ltkernels": 80_000, "faiss": 40_000, "cdist+topk": 20_000, "product only": 20_000},
+    512: {"ltkernels": 80_000, "faiss": 20_000, "cdist+topk": 20_000, "product only": 20_000},
+}
+GROWING = [(d, n, name) for d, most in MOST.items() for n in GROWTH for name in most if n <= most[name]]
 GPU_SIZES = {
     "self N=20000 d=512": (None, 20_000, 512),
     "self N=20000 d=64": (None, 20_000, 64),
@@ -61,9 +79,17 @@ class Problem:
         points = torch.randn(n, d, generator=generator)
         self.points = (SHAPES[shape](points, generator) if shape else points).to(device)
         self.bank = ltkernels.Bank(self.points)
-        self.is_self, self.product = q is None, None
+        self.is_self, self.product, self.indices = q is None, None, {}
         self.queries = self.points if self.is_self else torch.randn(q, d, generator=generator).to(device)
-        self.h = math.sqrt(d) if h is None else h  # of the order of the k-th distance
+        self.h = h or BANDWIDTH.get(d, math.sqrt(d))
+
+    def index(self, name, build):
+        """What a peer makes of the points: in every call where they search themselves, else once, as our bank."""
+        if self.is_self:
+            return build(self.points.numpy())
+        if name not in self.indices:
+            self.indices[name] = build(self.points.numpy())
+        return self.indices[name]
 
 
 def density(sqdist, h):
@@ -73,6 +99,10 @@ def density(sqdist, h):
 def ours(p: Problem):
     bank = ltkernels.Bank(p.points) if p.is_self else p.bank  # a new one: what a round before has left in it would help
     return ltkernels.knn_kde_grad(p.queries, bank, K, bandwidth=p.h, self_index=p.is_self or None)
+
+
+def one_shot(p: Problem):
+    return ltkernels.knn_kde_grad(p.queries, p.points, K, bandwidth=p.h)
 
 
 def cdist_topk(p: Problem):
@@ -91,29 +121,46 @@ def cdist_topk(p: Problem):
     return torch.cat([log_density for log_density, _ in out])
 
 
+def estimate(p: Problem, sqdist, rows):
+    """Density of the neighbours that a peer found, and their score, which nobody reads."""
+    weight = torch.softmax(-sqdist / (2 * p.h**2), 1)
+    for start in range(0, len(rows), 1024):
+        part = slice(start, start + 1024)
+        torch.einsum("qk,qkd->qd", weight[part], p.points[rows[part]]).sub_(p.queries[part]).div_(p.h**2)
+    return density(sqdist, p.h)
+
+
 def faiss_flat(p: Problem):
-    index = pytest.importorskip("faiss").IndexFlatL2(p.points.shape[1])
-    index.add(p.points.numpy())
-    sqdist, rows = index.search(p.queries.numpy(), K + p.is_self)
-    sqdist, rows = torch.from_numpy(sqdist[:, int(p.is_self) :]), torch.from_numpy(rows[:, int(p.is_self) :])
-    weight = torch.softmax(-sqdist / (2 * p.h**2), 1)
-    for start in range(0, len(rows), 1024):
-        part = slice(start, start + 1024)
-        torch.einsum("qk,qkd->qd", weight[part], p.points[rows[part]]).sub_(p.queries[part]).div_(p.h**2)
-    return density(sqdist, p.h)
+    faiss = pytest.importorskip("faiss")
+
+    def build(points):
+        index = faiss.IndexFlatL2(points.shape[1])
+        index.add(points)
+        return index
+
+    sqdist, rows = p.index("faiss", build).search(p.queries.numpy(), K + p.is_self)
+    return estimate(p, torch.from_numpy(sqdist[:, int(p.is_self) :]), torch.from_numpy(rows[:, int(p.is_self) :]))
 
 
-def sklearn_brute(p: Problem):
-    neighbors = pytest.importorskip("sklearn.neighbors")
-    search = neighbors.NearestNeighbors(n_neighbors=K, algorithm="brute", n_jobs=-1).fit(p.points.numpy())
-    distance, rows = search.kneighbors(None if p.is_self else p.queries.numpy())
-    sqdist = torch.from_numpy(distance).square().float()
-    weight = torch.softmax(-sqdist / (2 * p.h**2), 1)
-    rows = torch.from_numpy(rows)
-    for start in range(0, len(rows), 1024):
-        part = slice(start, start + 1024)
-        torch.einsum("qk,qkd->qd", weight[part], p.points[rows[part]]).sub_(p.queries[part]).div_(p.h**2)
-    return density(sqdist, p.h)
+def sklearn_search(algorithm):
+    def run(p: Problem):
+        search = pytest.importorskip("sklearn.neighbors").NearestNeighbors(n_neighbors=K, algorithm=algorithm, n_jobs=-1)
+        distance, rows = p.index(algorithm, search.fit).kneighbors(None if p.is_self else p.queries.numpy())
+        return estimate(p, torch.from_numpy(distance).square().float(), torch.from_numpy(rows))
+
+    return run
+
+
+def scipy_tree(p: Problem):
+    tree = p.index("cKDTree", pytest.importorskip("scipy.spatial").cKDTree)
+    distance, rows = tree.query(p.queries.numpy(), np.arange(1, K + 1) + p.is_self, workers=-1)
+    return estimate(p, torch.from_numpy(distance).square().float(), torch.from_numpy(rows))
+
+
+def keops(p: Problem):
+    lazy = pytest.importorskip("pykeops.torch").LazyTensor
+    sqdist = ((lazy(p.queries[:, None]) - lazy(p.points[None])) ** 2).sum(-1)
+    return estimate(p, *(found[:, int(p.is_self) :] for found in sqdist.Kmin_argKmin(K + p.is_self, dim=1)))
 
 
 def product_only(p: Problem):
@@ -123,12 +170,13 @@ def product_only(p: Problem):
     return torch.mm(p.queries, p.points.t(), out=p.product)
 
 
-IMPLEMENTATIONS = {"ltkernels": ours, "cdist+topk": cdist_topk, "faiss": faiss_flat, "scikit-learn": sklearn_brute}
+IMPLEMENTATIONS = {"ltkernels": ours, PLAIN: one_shot, "cdist+topk": cdist_topk, "faiss": faiss_flat, KEOPS: keops, "cKDTree": scipy_tree}
+IMPLEMENTATIONS |= {"scikit-learn": sklearn_search("brute"), "kd_tree": sklearn_search("kd_tree"), "ball_tree": sklearn_search("ball_tree")}
 
 
 def exact_density(p: Problem, rows):
     queries, points = p.queries[rows].double(), p.points.double()
-    sqdist = torch.stack([(points - query).square().sum(1) for query in queries])
+    sqdist = torch.cdist(queries, points, compute_mode="donot_use_mm_for_euclid_dist").square()
     if p.is_self:
         sqdist[torch.arange(len(rows)), rows] = math.inf
     return density(sqdist.topk(K, largest=False).values, p.h)
@@ -152,44 +200,44 @@ def status_mb(field) -> float:
 
 @pytest.fixture(scope="module")
 def problem(request):
-    p = Problem(*SIZES[request.param])
+    p = Problem(*(SIZES | FEW_DIMENSIONS)[request.param][1:])
     p.name = request.param
     return p
 
 
-PAIRS = [(size, name) for size in SIZES for name in (IMPLEMENTATIONS if len(SIZES[size]) == 3 else ("ltkernels",))]
-PAIRS += [(size, "product only") for size in SIZES if not size.startswith("Q=1 ")]
+PAIRS = [(size, name) for size, (names, *_) in (SIZES | FEW_DIMENSIONS).items() for name in names]
 
 
 @pytest.mark.parametrize("problem, name", PAIRS, indirect=["problem"])
 def test_knn_kde(name, problem, benchmark):
-    benchmark.group = f"knn_kde_grad {problem.name} k={K} float32 cpu, {torch.get_num_threads()} threads"
-    timed(name, problem, benchmark, 5 if name == "ltkernels" else 3)
+    what = "few dimensions" if problem.name in FEW_DIMENSIONS else "knn_kde_grad"
+    benchmark.group = f"{what} {problem.name} k={K} float32 cpu, {torch.get_num_threads()} threads"
+    timed(name, problem, benchmark)
 
 
-def timed(name, p: Problem, benchmark, rounds):
-    if name == "product only":
-        benchmark.pedantic(product_only, (p,), rounds=rounds, warmup_rounds=1)
-        p.product = None
-        return
-    run = {**IMPLEMENTATIONS, **ARITHMETIC}[name]
-    rows = torch.from_numpy(np.linspace(0, len(p.queries) - 1, min(64, len(p.queries))).astype(np.int64))
+def timed(name, p: Problem, benchmark):
+    """Four seconds of rounds, but at least three of them, two of what takes more than eight seconds. The first call, whose error is
+    asserted, warms up."""
+    run = {**IMPLEMENTATIONS, **ARITHMETIC, "product only": product_only}[name]
+    start = time.perf_counter()
     answer = run(p)
-    log_density = answer.log_density if name == "ltkernels" else answer
-    error = (log_density[rows].double() - exact_density(p, rows)).abs().max().item()
-    assert error < 1e-3 or name in ARITHMETIC, f"{name} is off by {error}"
-    benchmark.extra_info["max_error"] = error
-    benchmark.extra_info["peak_mb"] = peak_mb(lambda: run(p))
-    benchmark.pedantic(run, (p,), rounds=rounds, warmup_rounds=1)
+    seconds = time.perf_counter() - start
+    if name != "product only":
+        rows = torch.linspace(0, len(p.queries) - 1, min(64, len(p.queries))).long()
+        log_density = answer.log_density if name in ("ltkernels", PLAIN) else answer
+        error = (log_density[rows].double() - exact_density(p, rows)).abs().max().item()
+        assert error < 1e-3 or name in ARITHMETIC, f"{name} is off by {error}"
+        benchmark.extra_info["max_error"] = error
+        if name == "ltkernels" or seconds < 8:  # no peer that takes longer is in a picture of memory
+            benchmark.extra_info["peak_mb"] = peak_mb(lambda: run(p))
+    benchmark.pedantic(run, (p,), rounds=max(3 if seconds < 8 else 2, min(50, int(4 / seconds))))
+    p.product = None
 
 
-@pytest.mark.parametrize("name", ["ltkernels", "faiss", "cdist+topk", "product only"])
-@pytest.mark.parametrize("n", GROWTH)
-def test_growth(n, name, benchmark):
-    if n > MOST.get(name, n):
-        pytest.skip("minutes, or 6 GB of products")
-    benchmark.group = f"growth N={n} d=64 k={K} float32 cpu, {torch.get_num_threads()} threads"
-    timed(name, Problem(None, n, 64), benchmark, 3)
+@pytest.mark.parametrize("d, n, name", GROWING)
+def test_growth(d, n, name, benchmark):
+    benchmark.group = f"growth self N={n} d={d} k={K} float32 cpu, {torch.get_num_threads()} threads"
+    timed(name, Problem(None, n, d), benchmark)
 
 
 def expanded(dtype):
@@ -215,7 +263,7 @@ def test_arithmetic(name, benchmark):
     p = Problem(None, 10_000, 64, "tight", h=1e-2)
     p.queries, p.is_self = p.points[:1000] + 1e-3 * torch.randn(1000, 64, generator=torch.Generator().manual_seed(1)), False
     benchmark.group = f"arithmetic Q=1000 N=10000 d=64 k={K}, clusters of spread 1e-3 and norm 10, cpu, {torch.get_num_threads()} threads"
-    timed(name, p, benchmark, 5)
+    timed(name, p, benchmark)
 
 
 @pytest.fixture(scope="module", params=GPU_SIZES)

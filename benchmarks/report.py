@@ -4,12 +4,13 @@
     python benchmarks/report.py runs/benchmarks.json
 
 What stands between the two marks in README.md is replaced; growth.png and arithmetic.png beside this file, too. Times are medians, as
-ratios to the first column of the row, which is the bare matrix product where the group has one.
+ratios to the bare matrix product where the group has one and else to ours.
 """
 
 import argparse
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -19,10 +20,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+SEARCHES = """self: leave-one-out, from points to answer, all that is prepared included. Q: other points are searched for, in an index made
+before where there is one, as ltkernels' `Bank`; "plain tensor" is ltkernels without. Gaussian if not said otherwise; kd_tree and
+ball_tree are scikit-learn's."""
 MARKS = "<!-- benchmarks/report.py -->", "<!-- end of benchmarks/report.py -->"
 PRODUCT = "product only"
 TABLES = {  # start of the groups' names -> heading; which of ours the last columns are about; what its error is of
     "knn_kde_grad ": ("density and score, k = 64", "ltkernels", "log p"),
+    "few dimensions ": ("density and score in few dimensions, k = 64", "ltkernels", "log p"),
     "batch ": ("selection in a batch", "score_select", "the log-normaliser"),
     "set ": ("selection in a set", "posterior_mean", "the mean"),
     "pcl ": ("loss with gradient, distances", "pcl_loss", "the gradient, relative"),
@@ -36,7 +41,11 @@ def results(path: Path) -> tuple[dict[str, dict[str, dict]], str]:
     for entry in run["benchmarks"]:
         name = entry["params"]["name"]
         info = entry["extra_info"]
-        found = {"time": 1e3 * entry["stats"]["median"], "memory": info.get("peak_mb"), "error": info.get("max_error", info.get("error"))}
+        found = {
+            "time": 1e3 * info.get("seconds", entry["stats"]["median"]),
+            "memory": info.get("peak_mb"),
+            "error": info.get("max_error", info.get("error")),
+        }
         groups.setdefault(entry["group"], {})[name] = found
     threads = re.search(r"(\d+) threads", entry["group"])[1]
     return groups, f"{run['machine_info']['cpu']['brand_raw']}, {threads} threads"
@@ -50,17 +59,21 @@ def number(x: float | None) -> str:
 
 def table(groups: dict[str, dict[str, dict]], prefix: str, heading: str, ours: str, what: str) -> list[str]:
     chosen = {group.removeprefix(prefix): entries for group, entries in groups.items() if group.startswith(prefix)}
-    names = list(dict.fromkeys(name for entries in chosen.values() for name in entries if name != PRODUCT))
-    lines = [f"| {heading} | {PRODUCT}, ms | {' | '.join(names)} | {ours}: MB | error of {what} |", "|---" * (len(names) + 4) + "|"]
+    names = dict.fromkeys(name for entries in chosen.values() for name in entries if name != PRODUCT)
+    names = sorted(names, key=lambda name: not name.startswith(ours))  # the others as they come
+    first = [f"{PRODUCT}, ms"] if any(PRODUCT in entries for entries in chosen.values()) else []
+    heads = [heading, *first, *names, f"{ours}: MB", f"error of {what}"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for group, entries in chosen.items():
         base = entries.get(PRODUCT)
         unit = (base or entries[ours])["time"]
         cells = [number(entries[name]["time"] / unit) if name in entries else "" for name in names]
         if base is None:
-            cells[names.index(ours)] = f"1 ({unit:.2g} ms)"
+            cells[names.index(ours)] = f"1 ({number(unit)} ms)"
         label = re.sub(r",? float32|,? k=64|,? cpu.*", "", group)
         memory, error = entries[ours]["memory"], entries[ours]["error"]
-        lines.append(f"| {label} | {number(base and unit)} | {' | '.join(cells)} | {number(memory)} | {error:.0e} |")
+        cells = [label, *[number(base and unit) for _ in first], *cells, number(memory), f"{error:.0e}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -72,34 +85,60 @@ def series(groups: dict[str, dict[str, dict]], name: str, key: str) -> tuple[np.
 
 
 def growth(groups: dict[str, dict[str, dict]]) -> list[str]:
-    """Draws growth.png; the fits."""
-    chosen = {group: entries for group, entries in groups.items() if group.startswith("growth ")}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    names = dict.fromkeys(name for entries in chosen.values() for name in entries)
-    for name in names:
-        n, time = series(chosen, name, "time")
-        axes[0].loglog(n, time, "--" if name == PRODUCT else "o-", color="grey" if name == PRODUCT else None, label=name)
-        if name != PRODUCT:
-            axes[1].loglog(*series(chosen, name, "memory"), "o-", label=name)
-    n, time = series(chosen, "ltkernels", "time")
-    _, product = series(chosen, PRODUCT, "time")
-    rate = product[-1] / series(chosen, PRODUCT, "time")[0][-1] ** 2
-    axes[0].loglog(n, rate * n**2 / 2, ":", color="grey", label="half the product")
-    for axis, label in zip(axes, ("time of leave-one-out density and score, ms", "memory beyond the inputs, MB"), strict=True):
-        axis.set(xlabel="points of 64 dimensions, k = 64", ylabel=label)
-        axis.set_xticks(n, [f"{size / 1000:g}k" for size in n])
-        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-        axis.legend(frameon=False, fontsize=8)
+    """Draws growth.png, a row of panels for each number of dimensions; the fits."""
+    self_joins = {}
+    for group, entries in groups.items():
+        if found := re.match(r"(?:growth|knn_kde_grad) self N=\d+ d=(\d+) k=", group):
+            self_joins.setdefault(int(found[1]), {})[group] = entries
+    figure, rows = plt.subplots(len(self_joins), 2, figsize=(10, 3.6 * len(self_joins)), layout="constrained", squeeze=False)
+    lines = []
+    for (d, chosen), axes in zip(sorted(self_joins.items()), rows, strict=True):
+        draw_growth(chosen, d, axes)
+        n, time = series(chosen, "ltkernels", "time")
+        slope, extra = np.polyfit(n, series(chosen, "ltkernels", "memory")[1], 1)
+        exponent = np.polyfit(np.log(n), np.log(time), 1)[0]
+        steps = ", ".join(f"{x:.2f}" for x in np.diff(np.log(time)) / np.diff(np.log(n)))
+        lines += [
+            f"From {n[0]:.0f} to {n[-1]:.0f} points of {d} dimensions time grows as N^{exponent:.2f} (from one size to the next {steps}),",
+            f"memory by {slope * 2**20:.0f} bytes a point and {extra:.0f} MB;",
+            f"the bank is {4 * d + 4} of these bytes, the answer {4 * d + 776}.",
+            "",
+        ]
     figure.savefig(ROOT / "benchmarks/growth.png", dpi=110)
     plt.close(figure)
-    _, memory = series(chosen, "ltkernels", "memory")
-    slope, extra = np.polyfit(n, memory, 1)
-    exponent = np.polyfit(np.log(n), np.log(time), 1)[0]
-    steps = ", ".join(f"{x:.2f}" for x in np.diff(np.log(time)) / np.diff(np.log(n)))
-    return [
-        f"From {n[0]:.0f} to {n[-1]:.0f} points of 64 dimensions time grows as N^{exponent:.2f} (from one size to the next {steps}),",
-        f"memory by {slope * 2**20:.0f} bytes a point and {extra:.0f} MB; the bank is 260 of these bytes, the answer 1032.",
-    ]
+    return lines
+
+
+def draw_growth(chosen: dict[str, dict[str, dict]], d: int, axes) -> None:
+    """Time and memory of all that are timed at more than one size; half the product, continued."""
+    names = [name for name, times in Counter(name for entries in chosen.values() for name in entries).items() if times > 1]
+    for name in names:
+        n, time = series(chosen, name, "time")
+        if name == PRODUCT:
+            sizes = series(chosen, "ltkernels", "time")[0]
+            axes[0].loglog(n, time, "--", color="grey", label=name)
+            axes[0].loglog(sizes, time[-1] / n[-1] ** 2 * sizes**2 / 2, ":", color="grey", label="half the product")
+        else:
+            axes[0].loglog(n, time, "o-", label=name)
+            axes[1].loglog(*series(chosen, name, "memory"), "o-", label=name)
+    for axis, label in zip(axes, ("time of leave-one-out density and score, ms", "memory beyond the inputs, MB"), strict=True):
+        axis.set(xlabel=f"points of {d} dimensions, k = 64", ylabel=label)
+        sizes = series(chosen, "ltkernels", "time")[0]
+        axis.set_xticks(sizes, [f"{size / 1000:g}k" for size in sizes])
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    axes[0].legend(frameon=False, fontsize=8)
+    axes[1].set_yscale("log", base=2)
+    axes[1].yaxis.set_major_formatter("{x:g}")
+
+
+def tiny(groups: dict[str, dict[str, dict]]) -> list[str]:
+    """Microseconds of every op on a few rows, and the import."""
+    chosen = {group.split(" cpu")[0].removeprefix("tiny "): entries for group, entries in groups.items() if group.startswith("tiny ")}
+    lines = [f"| forward of a tiny input, us | {' | '.join(chosen)} |", "|---" * (len(chosen) + 1) + "|"]
+    for name in next(iter(chosen.values())):
+        lines.append(f"| {name} | {' | '.join(number(1e3 * entries[name]['time']) for entries in chosen.values())} |")
+    (imported,) = (entries["import"] for group, entries in groups.items() if group.startswith("import "))
+    return [*lines, "", f"`import ltkernels` takes {imported['time']:.0f} ms more than `import torch`."]
 
 
 def arithmetic(groups: dict[str, dict[str, dict]]) -> None:
@@ -124,7 +163,10 @@ def main(arguments: list[str] | None = None) -> None:
     lines = [f"{machine}; ratios of medians of one run:", ""]
     for prefix, columns in TABLES.items():
         lines += [*table(groups, prefix, *columns), ""]
-    lines += growth(groups) + ["", "![Time and memory against the number of points](benchmarks/growth.png)", ""]
+        if prefix == "few dimensions ":
+            lines += [SEARCHES, ""]
+    lines += [*tiny(groups), ""]
+    lines += [*growth(groups), "![Time and memory against the number of points](benchmarks/growth.png)", ""]
     arithmetic(groups)
     lines += ["![Error against time on tight clusters](benchmarks/arithmetic.png)"]
     text = args.readme.read_text()
