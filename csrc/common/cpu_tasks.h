@@ -16,7 +16,11 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-inline int64_t worker_count() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+// Threads for so many multiply-adds: waking one costs what some 2^18 of them do.
+inline int64_t worker_count(double multiply_adds) {
+  const auto threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  return std::clamp<int64_t>(static_cast<int64_t>(std::min(multiply_adds * 0x1p-18, 0x1p60)), 1, threads);
+}
 
 template <class F>
 void for_each(int64_t workers, int64_t tasks, const F& f) {  // f(worker, task), dynamic: cores need not be equally fast

@@ -72,7 +72,7 @@ class Search {
         ops_(isa::tile_ops(isa::level())),
         rank_(isa::row_ops<T>(isa::level())),
         cells_(p_.points, p_.centre, p_.sqnorm, p_.n, p_.d) {
-    const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    const int64_t threads = worker_count(double(p_.q) * p_.n * p_.d);
     workers_.resize(threads);
     zeros_.assign(p_.d, 0.f);
     capacity_ = std::min(p_.n, std::max<int64_t>(3 * p_.k, 192));

@@ -76,7 +76,7 @@ void all_distances(const T* x, int64_t b, const T* y, int64_t n, int64_t d, Wide
   const auto ops = isa::pair_ops<T>(isa::level());
   const bool symmetric = x == y && b == n;
   const auto rows = pointers(x, b, d), partners = symmetric ? rows : pointers(y, n, d);
-  std::vector<PairBuffers<T>> workers(worker_count());
+  std::vector<PairBuffers<T>> workers(worker_count(double(b) * n * d));
   const int64_t across = divide_up(n, kSub);
   for_each(workers.size(), divide_up(b, kSub) * across, [&](int64_t w, int64_t task) {
     const int64_t i = task / across * kSub, j = task % across * kSub, height = std::min(kSub, b - i), width = std::min(kSub, n - j);
@@ -142,7 +142,8 @@ class Contrast {
   };
 
  public:
-  explicit Contrast(const Problem<T>& problem) : p_(problem), ops_(isa::pair_ops<T>(isa::level())), workers_(worker_count()) {}
+  explicit Contrast(const Problem<T>& problem)
+      : p_(problem), ops_(isa::pair_ops<T>(isa::level())), workers_(worker_count(double(p_.b) * p_.n * p_.d)) {}
 
   void run() {
     arrange();

@@ -61,7 +61,7 @@ class Selection {
 
  public:
   explicit Selection(const Problem<T>& problem)
-      : p_(problem), ops_(isa::select_ops<T>(isa::level())), workers_(worker_count()) {
+      : p_(problem), ops_(isa::select_ops<T>(isa::level())), workers_(worker_count(double(p_.b) * p_.k * p_.d)) {
     padded_ = round_up(p_.d, ops_.width);
     chunks_ = divide_up(p_.k, kChunk);
     direct_ = std::is_same_v<T, W> && p_.d == padded_;
@@ -204,7 +204,7 @@ class Mix {
  public:
   Mix(const W* weight, const T* clean, W* out, int64_t b, int64_t k, int64_t d)
       : weight_(weight), clean_(clean), out_(out), b_(b), k_(k), d_(d), ops_(isa::select_ops<T>(isa::level())),
-        workers_(worker_count()), group_(kStrips * ops_.mix_cols) {
+        workers_(worker_count(double(b) * k * d)), group_(kStrips * ops_.mix_cols) {
     const int64_t groups = divide_up(d_, group_), wanted = divide_up(4 * static_cast<int64_t>(workers_.size()), groups);
     rows_ = std::clamp<int64_t>(round_up(divide_up(b_, wanted), ops_.mix_rows), ops_.mix_rows, kMaxRows);
   }
