@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,8 +50,25 @@ def in_kind(like) -> Callable[[Tensor], object]:
     return lambda answer: namespace.from_dlpack(answer.detach())
 
 
-def settle(doubts: list[tuple[Tensor, Callable[[], Exception]]]) -> None:
-    """Raise the error of the first flag () that is set. Each look at a tensor on a card waits for all that the card has to do, so there is
-    one for all flags; none in torch.compile."""
-    if doubts and not torch.compiler.is_compiling() and torch.stack([flag for flag, _ in doubts]).any():
-        raise next(error() for flag, error in doubts if flag)
+class Doubt(NamedTuple):
+    """Of values: whether all lie in [low, high], where NaN does not."""
+
+    values: Tensor
+    low: float
+    high: float
+    error: Callable[[], Exception]
+
+
+def settle(doubts: list[Doubt]) -> None:
+    """Raise the error of the first doubt that is justified. Each look at a tensor on a card waits for all that the card has to do, so there
+    is one for all of them; none in torch.compile."""
+    if not doubts or torch.compiler.is_compiling():
+        return
+    doubts = [doubt for doubt in doubts if doubt.values.numel()]
+    ends = [end for doubt in doubts for end in doubt.values.detach().aminmax()]
+    if ends and not ends[0].is_cpu:
+        ends = torch.stack([end.double() for end in ends]).cpu()  # float64 moves no integer across a limit below 2^53
+    looked = iter([end.item() for end in ends])
+    for doubt, least, most in zip(doubts, looked, looked, strict=True):
+        if not doubt.low <= least <= most <= doubt.high:
+            raise doubt.error()

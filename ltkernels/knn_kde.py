@@ -238,8 +238,11 @@ def _self_rows(op: str, self_index, queries: Tensor, n: int) -> Tensor:
         raise ValueError(f"{op}: expected self_index as {expected}; got {rows.dtype} of shape {tuple(rows.shape)}")
     if rows.device != queries.device:
         raise ValueError(f"{op}: expected self_index on the device of the queries, {queries.device}; got {rows.device}")
-    if not torch.compiler.is_compiling() and bool(((rows < -1) | (rows >= n)).any()):
-        raise ValueError(f"{op}: self_index must be in [-1, N); got {rows.min().item()} .. {rows.max().item()} with N={n}")
+
+    def error() -> ValueError:
+        return ValueError(f"{op}: self_index must be in [-1, N); got {rows.min().item()} .. {rows.max().item()} with N={n}")
+
+    _arrays.settle([_arrays.Doubt(rows, -1, n - 1, error)])
     return rows.contiguous()
 
 
@@ -261,14 +264,16 @@ def _bandwidth_rows(op: str, bandwidth, queries: Tensor) -> Tensor:
         raise TypeError(f"{op}: bandwidth must be in a floating-point dtype; got {h.dtype}")
     if h.device != queries.device and h.dim() == 1:
         raise ValueError(f"{op}: expected bandwidth on the device of the queries, {queries.device}; got {h.device}")
-    if not torch.compiler.is_compiling():
-        cast = h.detach().to(dtype)
-        valid = (cast >= torch.finfo(dtype).tiny) & torch.isfinite(cast)
-        if not bool(valid.all()):
-            raise ValueError(f"{op}: bandwidth must be positive and finite in {dtype}; got {h[~valid].flatten()[0].item()}")
+    limits, cast = torch.finfo(dtype), h.to(dtype)
+
+    def error() -> ValueError:
+        valid = (cast >= limits.tiny) & torch.isfinite(cast)
+        return ValueError(f"{op}: bandwidth must be positive and finite in {dtype}; got {h[~valid].flatten()[0].item()}")
+
+    _arrays.settle([_arrays.Doubt(cast, limits.tiny, limits.max, error)])
     if h.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(f"{op}: no derivative in bandwidth; pass bandwidth.detach()")
-    return h.to(device=queries.device, dtype=dtype).expand(len(queries)).contiguous()
+    return (cast if cast.dim() else cast.to(queries.device).expand(len(queries))).contiguous()
 
 
 @torch.no_grad()

@@ -194,9 +194,13 @@ def _per_row(op: str, name: str, value, mu: Tensor) -> Tensor:
         raise ValueError(f"{op}: expected {name} on the device of mu, {mu.device}; got {value.device}")
     _refuse_tangent(op, value)
     value = value.to(device=mu.device, dtype=dtype)
-    if not torch.compiler.is_compiling() and not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{op}: {name} must be finite in {dtype}; got {value.detach()[~torch.isfinite(value)].flatten()[0].item()}")
-    return value.expand(len(mu)).contiguous()
+    most = torch.finfo(dtype).max
+
+    def error() -> ValueError:
+        return ValueError(f"{op}: {name} must be finite in {dtype}; got {value.detach()[~torch.isfinite(value)].flatten()[0].item()}")
+
+    _arrays.settle([_arrays.Doubt(value, -most, most, error)])
+    return (value if value.dim() else value.expand(len(mu))).contiguous()
 
 
 @torch.library.register_fake("ltkernels::pair_sqdist")

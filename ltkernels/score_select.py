@@ -115,20 +115,23 @@ def score_select(
     doubts = []
     x, points, scale, std, log_prior = _checked(op, x_t, clean, scale, std, log_prior, doubts=doubts)
     own = _own_rows(op, self_index, len(x), len(points), x.device, gate, doubts)
-    counts = None if gate == "full" else _gate_counts(op, gate, labels, class_counts, self_labels, own, len(points), x.device, doubts)
+    classes = None if gate == "full" else _classes(op, gate, labels, class_counts, self_labels, len(x), len(points), x.device, doubts)
     _arrays.settle(doubts)
     if isinstance(row_offset, bool) or not isinstance(row_offset, (Integral, torch.SymInt)) or not 0 <= row_offset < 2**63:
         raise ValueError(f"{op}: row_offset must be an int in [0, 2^63); got {row_offset!r}")
+    if classes is not None:
+        counts, labels, self_labels = classes
+        there = counts[labels]
+        here = there[own] if self_labels is None else counts[self_labels]
     with torch.no_grad():
         index, log_normalizer = torch.ops.ltkernels.psel_sample(
             x.flatten(1), points.flatten(1), scale, std, log_prior, _seed(op, seed, x.device), row_offset
         )
-        none = own.new_full((), -1)
-        if counts is not None:
-            there, here = counts
-            drawn = there[index.clamp(min=0)]
-            index = torch.where(drawn >= here if gate == "t2h" else drawn <= here, index, none)
-        index = torch.where(index >= 0, index, own)
+        kept = index >= 0
+        if classes is not None:
+            drawn = there[index]  # of any row where the index is -1
+            kept = kept & (drawn >= here if gate == "t2h" else drawn <= here)
+        index = torch.where(kept, index, own)
     return ScoreSelection(kind(index), kind(index != own), kind(log_normalizer))
 
 
@@ -211,34 +214,35 @@ def _refuse_tangent(op: str, value: Tensor) -> None:
 
 
 def _coefficient(op: str, name: str, value, x: Tensor, dtype: torch.dtype, doubts: list) -> Tensor:
+    rows = x.shape[0]
     if isinstance(value, Real) and not isinstance(value, bool):  # the loops of training and sampling: no tensor has to be read back
         limits = torch.finfo(dtype)
         if not abs(value) <= limits.max:
             raise ValueError(f"{op}: {name} must be finite in {dtype}; got {value}")
         if name == "std" and not value >= limits.tiny:
             raise ValueError(f"{op}: std must be positive in {dtype}; got {value}")
-        return torch.full((len(x),), float(value), dtype=dtype, device=x.device)
+        return torch.full((rows,), float(value), dtype=dtype, device=x.device)
     value = _arrays.tensor(op, name, value)
-    if value.dim() > 1 and value.shape == (len(x), *[1] * (value.dim() - 1)):  # as it multiplies images
+    if value.dim() > 1 and value.shape == (rows, *[1] * (value.dim() - 1)):  # as it multiplies images
         value = value.flatten()
-    if value.dim() > 1 or value.dim() == 1 and len(value) != len(x):
+    if value.dim() > 1 or value.dim() == 1 and value.shape[0] != rows:
         expected = "a number, a 0-dim tensor, (B,) or (B, 1, ..., 1)"
-        raise ValueError(f"{op}: {name} must be {expected}; got shape {tuple(value.shape)} with B={len(x)}")
+        raise ValueError(f"{op}: {name} must be {expected}; got shape {tuple(value.shape)} with B={rows}")
     if not value.is_floating_point():
         raise TypeError(f"{op}: {name} must be in a floating-point dtype; got {value.dtype}")
     if value.dim() == 1 and value.device != x.device:
         raise ValueError(f"{op}: expected {name} on the device of x_t, {x.device}; got {value.device}")
     _refuse_tangent(op, value)
     value = value.to(device=x.device, dtype=dtype)
-    finite = torch.isfinite(value)
-    fits = finite & (value >= torch.finfo(dtype).tiny) if name == "std" else finite
+    limits = torch.finfo(dtype)
 
     def error() -> ValueError:
-        wanted, kept = ("positive", fits) if finite.all() else ("finite", finite)
+        finite = torch.isfinite(value)
+        wanted, kept = ("positive", finite & (value >= limits.tiny)) if finite.all() else ("finite", finite)
         return ValueError(f"{op}: {name} must be {wanted} in {dtype}; got {value.detach()[~kept][0].item()}")
 
-    doubts.append((~fits.all(), error))
-    return value.expand(len(x)).contiguous()
+    doubts.append(_arrays.Doubt(value, limits.tiny if name == "std" else -limits.max, limits.max, error))
+    return (value if value.dim() else value.expand(rows)).contiguous()
 
 
 def _log_prior(op: str, log_prior, clean: Tensor, dtype: torch.dtype, doubts: list) -> Tensor:
@@ -251,23 +255,27 @@ def _log_prior(op: str, log_prior, clean: Tensor, dtype: torch.dtype, doubts: li
         raise ValueError(f"{op}: expected log_prior on the device of clean, {clean.device}; got {log_prior.device}")
     _refuse_tangent(op, log_prior)
     cast = log_prior.to(dtype)
-    fits = cast < math.inf
-    doubts.append(
-        (~fits.all(), lambda: ValueError(f"{op}: log_prior must be below infinity in {dtype}; got {log_prior.detach()[~fits][0].item()}"))
-    )
+
+    def error() -> ValueError:
+        return ValueError(f"{op}: log_prior must be below infinity in {dtype}; got {log_prior.detach()[~(cast < math.inf)][0].item()}")
+
+    doubts.append(_arrays.Doubt(cast, -math.inf, torch.finfo(dtype).max, error))
     return cast.contiguous()
 
 
 def _integers(op: str, name: str, value, length: int, device: torch.device, low: int, high: int, doubts: list) -> Tensor:
-    """The same tensor, clamped: what is wrong with it is settled later."""
+    """The same tensor: whether it is in [low, high) has to be settled before it is an index."""
     value = _arrays.tensor(op, name, value)
     if value.dtype != torch.int64 or value.shape != (length,):
         raise ValueError(f"{op}: expected {name} as an int64 tensor of shape ({length},); got {value.dtype} of shape {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{op}: expected {name} on the device of x_t, {device}; got {value.device}")
-    wrong = ((value < low) | (value >= high)).any()
-    doubts.append((wrong, lambda: ValueError(f"{op}: {name} must be in [{low}, {high}); got {value.min().item()} .. {value.max().item()}")))
-    return value if torch.compiler.is_compiling() else value.clamp(low, high - 1)  # there nothing settles it: an index beyond has to fail
+
+    def error() -> ValueError:
+        return ValueError(f"{op}: {name} must be in [{low}, {high}); got {value.min().item()} .. {value.max().item()}")
+
+    doubts.append(_arrays.Doubt(value, low, high - 1, error))
+    return value
 
 
 def _own_rows(op: str, self_index, rows: int, k: int, device: torch.device, gate: str, doubts: list) -> Tensor:
@@ -282,10 +290,10 @@ def _own_rows(op: str, self_index, rows: int, k: int, device: torch.device, gate
     return _integers(op, "self_index", self_index, rows, device, -1 if gate == "full" else 0, k, doubts)
 
 
-def _gate_counts(
-    op: str, gate: str, labels, class_counts, self_labels, own: Tensor, k: int, device: torch.device, doubts: list
-) -> tuple[Tensor, Tensor]:
-    """Training count of the class of every row of clean (K,), and of every row of x_t (B,)."""
+def _classes(
+    op: str, gate: str, labels, class_counts, self_labels, rows: int, k: int, device: torch.device, doubts: list
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Training count of every class (C,), class of every row of clean (K,), and of every row of x_t (B,) where they were given."""
     for name, value in (("labels", labels), ("class_counts", class_counts)):
         if value is None:
             raise ValueError(f"{op}: gate {gate!r} needs {name}; got None")
@@ -293,11 +301,11 @@ def _gate_counts(
     if counts.dim() != 1 or len(counts) == 0 or counts.is_complex():
         raise ValueError(f"{op}: expected class_counts of shape (C,), the rows of each class; got shape {tuple(counts.shape)}")
     counts = counts.to(device)
-    doubts.append((~(counts >= 0).all(), lambda: ValueError(f"{op}: class_counts must be >= 0; got {counts.min().item()}")))
-    there = counts[_integers(op, "labels", labels, k, device, 0, len(counts), doubts)]
-    if self_labels is None:
-        return there, there[own]
-    return there, counts[_integers(op, "self_labels", self_labels, len(own), device, 0, len(counts), doubts)]
+    doubts.append(_arrays.Doubt(counts, 0, math.inf, lambda: ValueError(f"{op}: class_counts must be >= 0; got {counts.min().item()}")))
+    labels = _integers(op, "labels", labels, k, device, 0, len(counts), doubts)
+    if self_labels is not None:
+        self_labels = _integers(op, "self_labels", self_labels, rows, device, 0, len(counts), doubts)
+    return counts, labels, self_labels
 
 
 def _is_list_of_numbers(value) -> bool:
