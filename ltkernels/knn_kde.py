@@ -161,10 +161,10 @@ def knn_bandwidth(bank, k: int = 64, rule: str = "knn-median") -> Tensor:
                 points, bank.points, bank.centre, bank.centred, bank.sqnorm, self_rows, bound, k
             )
             bank._remember(points, k, sqdist)
-            radius = sqdist[:, -1].sqrt()
-            radius = radius[torch.isfinite(radius)].sort().values
-            h = (radius[(len(radius) - 1) // 2] + radius[len(radius) // 2]) / 2 if len(radius) else radius.new_tensor(math.nan)
-    if not h > 0:
+            radius = sqdist[:, -1].sqrt().sort().values  # inf and NaN come last
+            finite = int((radius < math.inf).sum())
+            h = (radius[(finite - 1) // 2] + radius[finite // 2]) / 2 if finite else radius.new_tensor(math.nan)
+    if not h.item() > 0:
         raise ValueError(f"{op}: rule {rule!r} gives {h.item()}; the bank has too few finite or too many identical rows; name a bandwidth")
     return kind(h)
 
@@ -276,24 +276,29 @@ def _bandwidth_rows(op: str, bandwidth, queries: Tensor) -> Tensor:
     return (cast if cast.dim() else cast.to(queries.device).expand(len(queries))).contiguous()
 
 
-@torch.no_grad()
 def _truncation(sqdist, index, h, log_weight: Tensor | None, n: int, self_rows: Tensor | None) -> Tensor:
-    """log(rest * exp(-r_k^2 / 2h^2) / S_k), rest the weight of the points that were dropped: N - k without weights."""
-    k = index.shape[1]
-    skips = torch.zeros_like(h, dtype=torch.bool) if self_rows is None else self_rows >= 0
-    rest = n - k - skips.double()
+    """log(rest * exp(-r_k^2 / 2h^2) / S_k), rest the weight of the points that were dropped: N - k without weights. A constant."""
+    k, wide = index.shape[1], torch.finfo(torch.float64)
+    h, dtype = h.double(), h.dtype
+    logits = sqdist.detach().double() / (h * h * -2.0).unsqueeze(1)
+    log_last = logits.select(1, -1)
+    rest = h.new_full((), n - k) if self_rows is None else n - k - (self_rows >= 0).double()
     if log_weight is not None:
+        log_weight = log_weight.detach()
+        logits = logits + log_weight[index]
         weight = log_weight.double().exp()
-        skipped = 0 if self_rows is None else torch.where(skips, weight[self_rows.clamp(min=0)], 0)
-        difference = weight.sum() - weight[index].sum(1) - skipped
-        cancelled = 4 * n * torch.finfo(torch.float64).eps * weight.sum()  # what the subtraction may have lost of a small rest
+        total = weight.sum()
+        difference = total - weight[index].sum(1)
+        if self_rows is not None:
+            difference = difference - torch.where(self_rows >= 0, weight[self_rows.clamp(min=0)], 0)
+        cancelled = 4 * n * wide.eps * total  # what the subtraction may have lost of a small rest
         rest = torch.where(rest > 0, difference.clamp(min=0) + cancelled, 0)
-    exponent = sqdist.double() / (2 * h.double().square()[:, None])
-    log_kept = torch.logsumexp(-exponent if log_weight is None else log_weight[index] - exponent, 1)
-    log_last = -exponent[:, -1]
-    rounding = 8 * torch.finfo(h.dtype).eps * (1 + log_last.abs() + log_kept.abs())  # a bound must not fail in its last bit
-    # neighbours at infinity: whatever was dropped lies there, too
-    return torch.where(log_last == -math.inf, -math.inf, rest.log() + log_last - log_kept + rounding).to(h.dtype)
+    # where all neighbours are at infinity, whatever was dropped lies there, too: log_kept is finite for log_last - log_kept to be -inf
+    log_kept = logits.logsumexp(1).clamp(min=wide.min)
+    # of 1, log_last <= 0 and log_kept, in the inputs and here: a bound must not fail in its last bit
+    rounding = 8 * torch.finfo(dtype).eps + 2 * wide.eps
+    bound = torch.add((1 - rounding) * log_last - log_kept, log_kept.abs(), alpha=rounding)
+    return (bound + (rest.log() + rounding)).to(dtype)
 
 
 @torch.library.register_fake("ltkernels::bank_prepare")
