@@ -196,12 +196,18 @@ _MIX_CHUNK = 1 << 22  # elements of p, or of the answer, held at a time: 16 MB i
 
 def psel_mean(x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None) -> tuple[Tensor, Tensor]:
     """sum_j p_ij clean_j (B, D) in the dtype of x, and the logsumexp (B,)."""
-    ops, mean, log_normalizer = torch.ops.ltkernels, torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(scale)
-    clean = clean.contiguous()  # once, not in every chunk
-    for rows in _row_chunks(x, max(clean.shape), _MIX_CHUNK):
-        p, log_normalizer[rows] = ops.psel(x[rows], clean, scale[rows], std[rows], log_prior)
-        mean[rows] = ops.psel_mix(p, clean).to(x.dtype)
-        del p  # or two of them would be alive
+    ops, clean = torch.ops.ltkernels, clean.contiguous()  # once, not in every chunk
+
+    def part(x: Tensor, scale: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        p, log_normalizer = ops.psel(x, clean, scale, std, log_prior)
+        return ops.psel_mix(p, clean).to(x.dtype), log_normalizer
+
+    chunks = list(_row_chunks(x, max(clean.shape), _MIX_CHUNK))
+    if len(chunks) == 1:  # a few rows, which putting together would cost as much again
+        return part(x, scale, std)
+    mean, log_normalizer = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(scale)
+    for rows in chunks:
+        mean[rows], log_normalizer[rows] = part(x[rows], scale[rows], std[rows])
     return mean, log_normalizer
 
 
@@ -368,7 +374,7 @@ def pcl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """sum_i weight_i row_i (), the number of pairs (), and what else `pcl_rows` answers. On every backend."""
     row, pairs, active, mu_grad, partner_grad = torch.ops.ltkernels.pcl_rows(mu, labels, group, weight, *rest)
-    total = _row_sums((weight * row)[None]).reshape(()) if len(row) else row.new_zeros(())
+    total = _row_sums((weight * row).unsqueeze(0)).squeeze() if len(row) else row.new_zeros(())
     return total, pairs.sum(), row, active, mu_grad, partner_grad
 
 
