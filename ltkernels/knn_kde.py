@@ -130,7 +130,7 @@ def knn_kde_grad(queries, bank, k: int = 64, *, bandwidth, self_index=None, kern
     )
     if self_index is True:
         bank._remember(queries, k, sqdist)
-    truncation = _truncation(sqdist, index, h, log_weight, len(bank), self_rows)
+    truncation = _truncation(log_density, sqdist, index, h, log_weight, len(bank), self_rows)
     if kernel_norm == "density":
         log_density = log_density - 0.5 * queries.shape[1] * (math.log(2 * math.pi) + 2 * h.log())
     return KDE(*(kind(x) for x in (log_density, score, index, sqdist, truncation)))
@@ -276,29 +276,27 @@ def _bandwidth_rows(op: str, bandwidth, queries: Tensor) -> Tensor:
     return (cast if cast.dim() else cast.to(queries.device).expand(len(queries))).contiguous()
 
 
-def _truncation(sqdist, index, h, log_weight: Tensor | None, n: int, self_rows: Tensor | None) -> Tensor:
+def _truncation(log_density, sqdist, index, h, log_weight: Tensor | None, n: int, self_rows: Tensor | None) -> Tensor:
     """log(rest * exp(-r_k^2 / 2h^2) / S_k), rest the weight of the points that were dropped: N - k without weights. A constant."""
-    k, wide = index.shape[1], torch.finfo(torch.float64)
+    k, wide, eps = index.shape[1], torch.finfo(torch.float64), torch.finfo(h.dtype).eps
     h, dtype = h.double(), h.dtype
-    logits = sqdist.detach().double() / (h * h * -2.0).unsqueeze(1)
-    log_last = logits.select(1, -1)
+    log_last = sqdist.detach().select(1, -1).double() / (h * h * -2.0)
+    # where all neighbours are at infinity, whatever was dropped lies there, too: log_kept is finite for log_last - log_kept to be -inf
+    log_kept = log_density.detach().double().clamp(min=wide.min) + math.log(k)
     rest = h.new_full((), n - k) if self_rows is None else n - k - (self_rows >= 0).double()
     if log_weight is not None:
-        log_weight = log_weight.detach()
-        logits = logits + log_weight[index]
-        weight = log_weight.double().exp()
+        weight = log_weight.detach().double().exp()
         total = weight.sum()
         difference = total - weight[index].sum(1)
         if self_rows is not None:
             difference = difference - torch.where(self_rows >= 0, weight[self_rows.clamp(min=0)], 0)
         cancelled = 4 * n * wide.eps * total  # what the subtraction may have lost of a small rest
         rest = torch.where(rest > 0, difference.clamp(min=0) + cancelled, 0)
-    # where all neighbours are at infinity, whatever was dropped lies there, too: log_kept is finite for log_last - log_kept to be -inf
-    log_kept = logits.logsumexp(1).clamp(min=wide.min)
-    # of 1, log_last <= 0 and log_kept, in the inputs and here: a bound must not fail in its last bit
-    rounding = 8 * torch.finfo(dtype).eps + 2 * wide.eps
+    # A bound must not fail in its last bit: kernels sum k terms in the inputs' arithmetic, in any order; log_last <= 0, log_kept and log k
+    # are rounded in it, too.
+    rounding = 8 * eps + 2 * wide.eps
     bound = torch.add((1 - rounding) * log_last - log_kept, log_kept.abs(), alpha=rounding)
-    return (bound + (rest.log() + rounding)).to(dtype)
+    return (bound + (rest.log() + (rounding * (1 + math.log(k)) + k * eps))).to(dtype)
 
 
 @torch.library.register_fake("ltkernels::bank_prepare")

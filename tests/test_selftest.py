@@ -310,7 +310,7 @@ def test_lost_rows_in_place_of_neighbours_are_a_miss(monkeypatch):
 
 
 def test_a_bound_that_is_exceeded_is_a_miss(few_cases, monkeypatch):
-    monkeypatch.setattr(ltkernels.knn_kde, "_truncation", lambda sqdist, *_: torch.full_like(sqdist[:, 0], -30.0))
+    monkeypatch.setattr(ltkernels.knn_kde, "_truncation", lambda log_density, *_: torch.full_like(log_density, -30.0))
     assert "truncation in " in selftest.test(CPU, "cpu", "knn_kde_grad", torch.float32)["verdict"]
 
 

@@ -324,8 +324,9 @@ class Search {
       floors(cols, w.col_floor);
       w.packed_bank = cols.begin;
     }
-    const int64_t step = std::clamp<int64_t>(kSubBlockFloats / words_ / ops_.rows, 4, 32) * ops_.rows;
-    w.tile.resize(step * ops_.cols);
+    const int64_t most = std::clamp<int64_t>(kSubBlockFloats / words_ / ops_.rows, 4, 32);
+    const int64_t step = std::min(most, divide_up(rows.size(), ops_.rows)) * ops_.rows;
+    w.tile.resize(std::max<size_t>(w.tile.size(), step * ops_.cols));
     for (int64_t row = rows.begin; row < rows.end; row += step) {
       const Range sub{row, std::min(rows.end, row + step)};
       for (int64_t col = cols.begin; col < cols.end; col += ops_.cols) {
