@@ -289,6 +289,15 @@ def test_no_queries():
     assert [tuple(x.shape) for x in outputs] == [(0,), (0, 3), (0, 2), (0, 2)]
 
 
+def test_a_bank_in_a_file(tmp_path):
+    points = torch.randn(90, 5, generator=torch.Generator().manual_seed(5))
+    np.save(tmp_path / "points.npy", points.numpy())
+    with ltkernels.backend("triton"):
+        found = ltkernels.knn(points[:7], np.load(tmp_path / "points.npy", mmap_mode="r"), 4)
+        wanted = ltkernels.knn(points[:7], points, 4)
+    assert torch.equal(found.index, wanted.index) and torch.equal(found.sqdist, wanted.sqdist)
+
+
 def test_limits_are_named():
     points, wide = gauss(300, 2), torch.zeros(1, 4097)
     with ltkernels.backend("triton"):
