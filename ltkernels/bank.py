@@ -1,6 +1,8 @@
 """A set of points prepared once for many searches."""
 
+import json
 import math
+import mmap
 import os
 from pathlib import Path
 
@@ -15,8 +17,8 @@ from .backends import _FLOATS
 class Bank:
     r"""Points to search in, prepared once: a centre, the centred float32 copy and its norms that the filters of the kernels read.
 
-    Points in a file (a memmap, a path) stay there: a search streams them, once for each block of its queries, and no more than 4 bytes a
-    row are in memory, which may be smaller than the bank.
+    Points in a file (a memmap, a path) stay there, and the file may be larger than memory: a search streams it, once for each block of its
+    queries. A search of a bank in itself keeps 8 max(3 k, 192) bytes a row, in a file or not.
 
     Args:
         points: (N, d) floating-point tensor, NumPy array or memmap, DLPack array, or the path of a .safetensors file with a tensor
@@ -32,7 +34,7 @@ class Bank:
     the triangle inequality, once the way each row has moved is added; the next search starts from them. They never change an answer. A
     bank in a file has no copy to tell how far rows have moved, and forgets them.
 
-    Memory beyond the points: N * d * 4 bytes; N * 4 for a file. Preparing reads the points once or twice; it takes no gradient.
+    Memory beyond the points: N * (d + 1) * 4 bytes; for a file N * 4. Preparing reads the points once or twice; it takes no gradient.
 
     Raises:
         TypeError, ValueError: not a floating-point matrix, log_weight of another length, NaN or +inf in log_weight.
@@ -52,7 +54,7 @@ class Bank:
         if len(points) == 0:
             raise ValueError(f"Bank: expected at least one point; got shape {tuple(points.shape)}")
         self.log_weight = None if log_weight is None else _checked_weight(log_weight, points)
-        self._prepare(source, points)
+        self._prepare(points, _in_file(source, points))
         self._warm: tuple[int, Tensor] | None = None  # k, and (N,) upper bounds of the distance to each row's k-th neighbour but itself
 
     def __len__(self) -> int:
@@ -65,14 +67,17 @@ class Bank:
 
     def update(self, points) -> "Bank":
         """Replace the points by others of the same shape, dtype and device: a refresh of the same rows. Returns self."""
-        source, points = points, _arrays.matrix("Bank.update", "points", points)
+        source = points
+        if isinstance(points, (str, os.PathLike)):
+            points, _ = _read(Path(points))
+        points = _arrays.matrix("Bank.update", "points", points)
         for name in ("shape", "dtype", "device"):
             old, new = (tuple(x.shape) if name == "shape" else getattr(x, name) for x in (self.points, points))
             if old != new:
                 raise ValueError(f"Bank.update: expected points of the same {name} as before, {old}; got {new}")
         previous_centre, previous = self.centre, self.centred
         unknown = ~torch.isfinite(self.sqnorm)
-        self._prepare(source, points)
+        self._prepare(points, _in_file(source, points) or (len(previous) < len(points) and _same_memory(points, self.points)))
         if len(previous) < len(points) or len(self.centred) < len(points):
             self._warm = None
         if self._warm is not None:
@@ -98,9 +103,8 @@ class Bank:
         """Read what `save` wrote."""
         return cls(Path(path))
 
-    def _prepare(self, source, points: Tensor) -> None:
+    def _prepare(self, points: Tensor, in_file: bool) -> None:
         self.points = points.contiguous()  # once here instead of in every search
-        in_file = isinstance(source, (str, os.PathLike, np.memmap)) and self.points is points
         self.centre, self.centred, self.sqnorm = torch.ops.ltkernels.bank_prepare(self.points.detach(), not in_file)
 
     def _mean_one_log_weight(self) -> Tensor | None:
@@ -169,21 +173,52 @@ def _checked_weight(log_weight, points: Tensor) -> Tensor:
     return log_weight
 
 
+_SAFETENSORS = {  # what NumPy reads, and what that is
+    "F16": (np.float16, torch.float16),
+    "BF16": (np.int16, torch.bfloat16),
+    "F32": (np.float32, torch.float32),
+    "F64": (np.float64, torch.float64),
+}
+
+
 def _read(path: Path) -> tuple[Tensor, Tensor | None]:
+    """`points`, left in the file, and `log_weight`. The package safetensors maps files so that they could be written to, which the system
+    refuses beyond the size of its memory."""
     if path.suffix != ".safetensors":
         raise ValueError(f"Bank: expected a .safetensors file; got {path}")
     if not path.is_file():
         raise FileNotFoundError(f"Bank: no such file: {path}")
+    size = path.stat().st_size
     try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError("Bank: reading .safetensors needs the package safetensors (pip install safetensors)") from error
-    try:
-        file = safe_open(path, framework="pt")
-    except Exception as error:  # the package has an error class of its own, which is no OSError or ValueError
+        with open(path, "rb") as file:  # 8 bytes: the length of the JSON text that follows; then the data
+            length = int.from_bytes(file.read(8), "little")
+            tensors = json.loads(file.read(length) if length < size else b"")
+        keys = sorted(key for key in tensors if key != "__metadata__")
+        places = {key: (tensors[key]["dtype"], tuple(tensors[key]["shape"]), *tensors[key]["data_offsets"]) for key in keys}
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Bank: expected a .safetensors file; {path} is none: {error}") from error
-    with file:
-        keys = sorted(file.keys())
-        if "points" not in keys:
-            raise ValueError(f"Bank: expected a tensor named 'points' in {path}; it has {keys}")
-        return file.get_tensor("points"), file.get_tensor("log_weight") if "log_weight" in keys else None
+    if "points" not in keys:
+        raise ValueError(f"Bank: expected a tensor named 'points' in {path}; it has {keys}")
+
+    def tensor(key: str) -> Tensor:
+        name, shape, begin, end = places[key]
+        if name not in _SAFETENSORS:
+            raise TypeError(f"Bank: expected {key} in float16, bfloat16, float32 or float64; {path} has it in {name}")
+        stored, dtype = _SAFETENSORS[name]
+        if end - begin != math.prod(shape) * np.dtype(stored).itemsize or 8 + length + end > size:
+            raise ValueError(f"Bank: expected a .safetensors file; {path} is cut off or broken: {key} of shape {shape} at {begin} .. {end}")
+        if end == begin:
+            return torch.empty(shape, dtype=dtype)
+        return _arrays.tensor("Bank", key, np.memmap(path, stored, "r", 8 + length + begin, shape)).view(dtype)
+
+    return tensor("points"), tensor("log_weight").clone() if "log_weight" in keys else None
+
+
+def _in_file(source, points: Tensor) -> bool:
+    """Whether the tensor made of `source` is the file that it was."""
+    if isinstance(source, (str, os.PathLike)):
+        return points.is_contiguous()
+    base = source
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, mmap.mmap) and points.is_contiguous() and points.data_ptr() == source.ctypes.data

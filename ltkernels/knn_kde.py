@@ -1,6 +1,7 @@
 """Truncated k-nearest-neighbour kernel density, its score, and the search behind them."""
 
 import math
+import os
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -149,8 +150,8 @@ def knn_bandwidth(bank, k: int = 64, rule: str = "knn-median") -> Tensor:
     op = "knn_bandwidth"
     if rule not in _RULES:
         raise ValueError(f"{op}: rule must be one of {', '.join(_RULES)}; got {rule!r}")
-    kind = _arrays.in_kind(bank.points if isinstance(bank, Bank) else bank)
-    bank = as_bank(op, bank)
+    source, bank = bank, as_bank(op, bank)
+    kind = _arrays.in_kind(bank.points if isinstance(source, (Bank, str, os.PathLike)) else source)
     with torch.no_grad():
         if rule == "scott":
             variance, n = _mean_variance(bank)

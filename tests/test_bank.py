@@ -86,8 +86,42 @@ def test_a_memmap_is_a_bank_wherever_one_is_expected(tmp_path):
     queries, points = gaussian(6, 300, 5)
     mapped = memmap(tmp_path, points)
     assert torch.equal(knn(queries, mapped, 4).index, knn(queries, points, 4).index)
-    assert len(Bank(mapped[10:]).centred) == 0, "a slice of a file is in the file"
-    assert len(Bank(mapped[:, ::2]).centred) == 300 and len(Bank(mapped * 1).centred) == 300, "copies are not"
+    for part in (mapped, mapped[10:], np.asarray(mapped)):
+        assert len(Bank(part).centred) == 0, "a slice of a file is in the file"
+    for copy in (mapped[:, ::2], mapped[::-1], mapped * 1, mapped.copy(), mapped.astype(np.float64)):
+        assert len(Bank(copy).centred) == 300, "a copy is in memory"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_path_is_a_bank_wherever_one_is_expected(dtype, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    queries, points = (x.to(dtype) for x in gaussian(6, 300, 5))
+    path, weight = tmp_path / "bank.safetensors", torch.linspace(-1, 1, 300)
+    safetensors.save_file({"odd": torch.ones(3, dtype=torch.uint8), "points": points, "log_weight": weight}, path, {"made": "here"})
+    bank = Bank(path)
+    assert torch.equal(bank.points, points) and torch.equal(bank.log_weight, weight.to(bank.log_weight.dtype)) and len(bank.centred) == 0
+    assert torch.equal(knn(queries, path, 4).index, knn(queries, points, 4).index)
+    assert torch.equal(knn_bandwidth(str(path), 4), knn_bandwidth(points, 4))
+    safetensors.save_file({"points": points + 1}, path)
+    assert torch.equal(bank.update(path).points, points + 1) and len(bank.centred) == 0
+
+
+def test_a_broken_file_is_named(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "bank.safetensors"
+    safetensors.save_file({"points": torch.ones(30, 4)}, path)
+    whole = path.read_bytes()
+    other = whole.replace(b"[30,4]", b"[31,4]"), whole.replace(b'"F32"', b'"F16"')
+    for content in (b"", b"12", whole[:30], whole[:-1], b"\xff" * 50, *other):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="expected a .safetensors file; .*bank.safetensors is"):
+            Bank(path)
+    safetensors.save_file({"points": torch.ones(30, 4, dtype=torch.int64)}, path)
+    with pytest.raises(TypeError, match="expected points in float16, bfloat16, float32 or float64; .* has it in I64"):
+        Bank(path)
+    safetensors.save_file({"points": torch.ones(0, 4)}, path)
+    with pytest.raises(ValueError, match="at least one point"):
+        Bank(path)
 
 
 def test_a_file_may_have_changed_before_an_update(tmp_path):
@@ -97,7 +131,8 @@ def test_a_file_may_have_changed_before_an_update(tmp_path):
     bank = Bank(mapped)
     knn(bank.points, bank, 5, self_index=True)
     mapped[:] = 100 * torch.randn(300, 6).numpy()
-    bank.update(mapped)
+    bank.update(bank.points)
+    assert len(bank.centred) == 0, "still in its file"
     cold = knn(bank.points.clone(), bank.points.clone(), 5, self_index=True)
     assert torch.equal(knn(bank.points, bank, 5, self_index=True).index, cold.index)
     bank.update(points)
@@ -113,24 +148,27 @@ def data():
 
 queries = torch.randn(100, 64)
 ltkernels.knn_kde_grad(queries, torch.randn(5000, 64), 64, bandwidth=1.0)  # threads and their stacks
-mapped = np.load(sys.argv[1], mmap_mode="r")
+mapped = np.load(sys.argv[1], mmap_mode="r") if sys.argv[1].endswith("npy") else sys.argv[1]
 resource.setrlimit(resource.RLIMIT_DATA, (data() + 2**26,) * 2)  # what is a process's own: not a file's pages
 sqdist, index = ltkernels.knn(queries, mapped, 64)
-torch.testing.assert_close(sqdist[:, 0], (torch.from_numpy(mapped[index[:, 0]]) - queries).square().sum(1))
+points = ltkernels.Bank(mapped).points
+torch.testing.assert_close(sqdist[:, 0], (points[index[:, 0]] - queries).square().sum(1))
 try:
-    ltkernels.knn(queries, torch.from_numpy(mapped), 64)
+    ltkernels.knn(queries, points, 64)
 except RuntimeError as error:
     print(error)
 """
 
 
 @pytest.mark.skipif(not ltkernels.build_info()["cpp"], reason="the promise is the cpu backend's; there is no compiled part")
-def test_a_file_of_a_quarter_of_a_gigabyte_is_searched_with_64_megabytes(tmp_path):
-    mapped = np.lib.format.open_memmap(tmp_path / "points.npy", "w+", np.float32, (1_000_000, 64))
-    for rows in range(0, len(mapped), 50_000):
-        mapped[rows : rows + 50_000] = torch.randn(50_000, 64).numpy()
-    mapped.flush()
-    run = subprocess.run([sys.executable, "-c", LITTLE_MEMORY, mapped.filename], capture_output=True, text=True)
+@pytest.mark.parametrize("kind", ["npy", "safetensors"])
+def test_a_file_of_a_quarter_of_a_gigabyte_is_searched_with_64_megabytes(kind, tmp_path):
+    path, points = tmp_path / f"points.{kind}", torch.randn(1_000_000, 64)
+    if kind == "npy":
+        np.save(path, points.numpy())
+    else:
+        pytest.importorskip("safetensors.torch").save_file({"points": points}, path)
+    run = subprocess.run([sys.executable, "-c", LITTLE_MEMORY, path], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "memory" in run.stdout, "in memory it needs more: the limit works"
 

@@ -1,7 +1,7 @@
 // The order in which the rows of a bank are searched, and cells of near rows that rule each other out.
 //
 // Without cells, chunks of the bank follow each other as a golden ratio scatters them: a bank sorted by distance, whose queues
-// would fill and empty all the time, costs what any other order does, and a bank on a disk is still read by ten kilobytes and more.
+// would fill and empty all the time, costs what any other order does, and a bank in a file is still read in runs of rows.
 // With cells, rows lie cell by cell. By the triangle inequality
 // |x - z| >= |a - b| - |x - a| - |z - b| for rows x, z of the cells of pivots a, b: cells whose rows all have k nearer rows already are never
 // multiplied. Pivots are the farthest points of a sample from each other, one after the other, so that each of as many clusters gets one.

@@ -51,7 +51,7 @@ constexpr int64_t kSubBlockFloats = 128 * 1024;  // query rows that stay in L2 w
 template <class T>
 struct Problem {
   const T *queries, *points;
-  const float *centre, *sqnorm;
+  const float *centre, *centred, *sqnorm;  // centred (n, d) or null: rows are centred as they are read
   const int64_t* self_index;    // or null
   const Wide<T>* bound;         // or null
   int64_t q, n, d, k;
@@ -199,6 +199,7 @@ class Search {
 
   const float* centred_row(int64_t id, float* out) const {  // zero where the filter is off
     if (!(p_.sqnorm[id] <= kLargestNorm)) return zeros_.data();
+    if (p_.centred) return p_.centred + id * p_.d;
     rank_.centre(p_.points + id * p_.d, p_.centre, p_.d, out);
     return out;
   }
@@ -224,7 +225,7 @@ class Search {
   // ---- filter ------------------------------------------------------------------------------------------------------
 
   // Packs rows into slices of kDepth words, a slice into panels of `width` rows: what `multiply` reads in sequence
-  // lies in sequence. Rows are centred on the way, so that the bank can be where it is (a file), and rounded to integers.
+  // lies in sequence. Rows are centred on the way, unless the bank has a copy of them that is, and rounded to integers.
   template <class Pack>
   void pack(Worker<T>& w, Range rows, int width, Pack pack_panel, AlignedFloats& out, std::vector<float>& scale) {
     const int64_t panels = divide_up(rows.size(), width);

@@ -11,7 +11,7 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 struct Inputs {
-  const Tensor &queries, &points, &centre, &sqnorm;
+  const Tensor &queries, &points, &centre, &centred, &sqnorm;
   const std::optional<Tensor>&self_index, &bound;
   int64_t k;
 };
@@ -24,6 +24,8 @@ void check(const char* op, const Inputs& in) {
   check_matrix(op, "queries", in.queries, q, d, in.points.scalar_type());
   check_matrix(op, "points", in.points, n, d, in.points.scalar_type());
   check_vector(op, "centre", in.centre, d, ScalarType::Float);
+  const bool copied = in.centred.dim() != 2 || in.centred.size(0) != 0;
+  check_matrix(op, "centred", in.centred, copied ? n : 0, d, ScalarType::Float);
   check_vector(op, "sqnorm", in.sqnorm, n, ScalarType::Float);
   if (in.self_index) check_vector(op, "self_index", *in.self_index, q, ScalarType::Long);
   if (in.bound) check_vector(op, "bound", *in.bound, q, result_type(in.points.scalar_type()));
@@ -78,6 +80,7 @@ void search(const Inputs& in, Tensor& sqdist, Tensor& index, const Tensor* bandw
   p.queries = static_cast<const T*>(in.queries.const_data_ptr());
   p.points = static_cast<const T*>(in.points.const_data_ptr());
   p.centre = static_cast<const float*>(in.centre.const_data_ptr());
+  if (in.centred.size(0) > 0) p.centred = static_cast<const float*>(in.centred.const_data_ptr());
   p.sqnorm = static_cast<const float*>(in.sqnorm.const_data_ptr());
   p.self_index = data<int64_t>(in.self_index);
   p.bound = data<W>(in.bound);
@@ -117,7 +120,7 @@ std::tuple<Tensor, Tensor> bank_rows_cpu(const Tensor& points, const Tensor& cen
 std::tuple<Tensor, Tensor> knn_cpu(const Tensor& queries, const Tensor& points, const Tensor& centre,
                                    const Tensor& centred, const Tensor& sqnorm, const std::optional<Tensor>& self_index,
                                    const std::optional<Tensor>& bound, int64_t k) {
-  const Inputs in{queries, points, centre, sqnorm, self_index, bound, k};
+  const Inputs in{queries, points, centre, centred, sqnorm, self_index, bound, k};
   check("knn", in);
   const int64_t q = queries.size(0);
   Tensor sqdist = torch::stable::new_empty(points, {q, k}, result_type(points.scalar_type()));
@@ -132,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> knn_kde_cpu(const Tensor& queries, co
                                                        const std::optional<Tensor>& bound, int64_t k,
                                                        const Tensor& bandwidth,
                                                        const std::optional<Tensor>& log_weight) {
-  const Inputs in{queries, points, centre, sqnorm, self_index, bound, k};
+  const Inputs in{queries, points, centre, centred, sqnorm, self_index, bound, k};
   check("knn_kde", in);
   const int64_t q = queries.size(0), n = points.size(0), d = points.size(1);
   const ScalarType type = result_type(points.scalar_type());
