@@ -16,6 +16,7 @@
 #include <numeric>
 #include <vector>
 
+#include "../common/cpu_memory.h"
 #include "../common/cpu_tasks.h"
 #include "cpu_isa.h"
 
@@ -75,7 +76,6 @@ class Cells {
 
  private:
   static constexpr int64_t kChunkBytes = 64 * 1024, kSample = 1024, kProbes = 33, kMostCells = 256;
-  static constexpr int64_t kTogether = 12;  // rows whose distances to a pivot are computed while it is in a cache
   static constexpr double kRounding = 0x1p-20;
 
   struct Rows {
@@ -89,8 +89,10 @@ class Cells {
   // Squared, of one row to all of them, by a product that may err: nothing exact depends on which pivots are chosen.
   std::vector<float> distances(const Rows& from, int64_t to) const {
     std::vector<float> f(from.size());
-    tiles_.thin(from.rows.data(), from.size(), d_, from.rows.data() + to * d_, 1, f.data());
-    for (int64_t i = 0; i < from.size(); ++i) f[i] = static_cast<float>(from.sqnorm[i] + from.sqnorm[to] - 2 * double(f[i]));
+    torch::stable::parallel_for(0, from.size(), 256, [&](int64_t first, int64_t last) {
+      ops_.thin(from.rows.data() + first * d_, last - first, d_, from.rows.data() + to * d_, 1, f.data() + first);
+      for (int64_t i = first; i < last; ++i) f[i] = static_cast<float>(from.sqnorm[i] + from.sqnorm[to] - 2 * double(f[i]));
+    });
     return f;
   }
 
@@ -124,28 +126,77 @@ class Cells {
     return pivots;
   }
 
+  // A panel for `multiply`: `width` rows, rounded to integers where the instruction set has such, and what one unit of them is worth.
+  template <class Pack>
+  void pack(const float* const* rows, const float* sqnorm, int width, Pack pack_panel, AlignedVector<float>& words, float* out,
+            float* scale) const {
+    const int64_t length = divide_up(d_, ops_.entries);
+    words.resize(width * length);
+    const float* sources[isa::kMaxTileCols];
+    for (int r = 0; r < width; ++r) {
+      sources[r] = rows[r], scale[r] = 1;
+      if (ops_.quantise == nullptr) continue;
+      sources[r] = words.data() + r * length;
+      scale[r] = ops_.quantise(rows[r], sqnorm[r], d_, words.data() + r * length);
+    }
+    for (int64_t depth = 0; depth < length; depth += isa::kDepth) {
+      pack_panel(sources, depth, std::min(isa::kDepth, length - depth), out + depth * width);
+    }
+  }
+
   // Every row goes to the nearest pivot, by a product that may err: what counts is the distance to the pivot chosen.
   void assign(const Rows& pivots) {
-    const int64_t cells = pivots.size();
+    const int64_t cells = pivots.size(), length = divide_up(d_, ops_.entries), panels = divide_up(cells, ops_.cols);
+    const std::vector<float> zeros(d_);
+    AlignedVector<float> packed(panels * ops_.cols * length), words;
+    std::vector<float> scale(panels * ops_.cols);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const float* rows[isa::kMaxTileCols];
+      float sqnorm[isa::kMaxTileCols] = {};
+      for (int64_t r = 0, c = panel * ops_.cols; r < ops_.cols; ++r, ++c) {
+        rows[r] = c < cells ? pivots.rows.data() + c * d_ : zeros.data();
+        if (c < cells) sqnorm[r] = static_cast<float>(pivots.sqnorm[c]);
+      }
+      const int64_t at = panel * ops_.cols;
+      pack(rows, sqnorm, ops_.cols, ops_.pack_cols, words, packed.data() + at * length, scale.data() + at);
+    }
     const auto centre = isa::row_ops<T>(isa::level()).centre;
     std::vector<uint32_t> cell(n_);
     std::vector<float> radius(n_);
-    torch::stable::parallel_for(0, divide_up(n_, kTogether), 16, [&](int64_t first, int64_t last) {
-      std::vector<float> key(kTogether * cells), rows(kTogether * d_);
-      for (int64_t i = first * kTogether; i < std::min(n_, last * kTogether); i += kTogether) {
-        const int64_t count = std::min(kTogether, n_ - i);
-        for (int64_t r = 0; r < count; ++r) centre(points_ + (i + r) * d_, centre_, d_, rows.data() + r * d_);
-        for (int64_t c = 0; c < cells; ++c) tiles_.thin(rows.data(), count, d_, pivots.rows.data() + c * d_, cells, key.data() + c);
-        for (int64_t r = 0; r < count; ++r) {
-          if (!(sqnorm_[i + r] <= kLargestNorm)) {
-            cell[i + r] = cells;
-            continue;
+    torch::stable::parallel_for(0, divide_up(n_, ops_.rows), 16, [&](int64_t first, int64_t last) {
+      std::vector<float> shifted(ops_.rows * d_), own_scale(ops_.rows), least(ops_.rows);
+      AlignedVector<float> own(ops_.rows * length), words, tile(ops_.rows * ops_.cols);
+      for (int64_t i = first * ops_.rows; i < std::min(n_, last * ops_.rows); i += ops_.rows) {
+        const int64_t count = std::min<int64_t>(ops_.rows, n_ - i);
+        const float* rows[isa::kMaxTileRows];
+        float sqnorm[isa::kMaxTileRows] = {};
+        for (int64_t r = 0; r < ops_.rows; ++r) {
+          rows[r] = zeros.data(), least[r] = std::numeric_limits<float>::infinity();
+          if (r >= count) continue;
+          cell[i + r] = cells;
+          if (!(sqnorm_[i + r] <= kLargestNorm)) continue;
+          cell[i + r] = 0, rows[r] = shifted.data() + r * d_, sqnorm[r] = sqnorm_[i + r];
+          centre(points_ + (i + r) * d_, centre_, d_, shifted.data() + r * d_);
+        }
+        pack(rows, sqnorm, ops_.rows, ops_.pack_rows, words, own.data(), own_scale.data());
+        for (int64_t begin = 0; begin < cells; begin += ops_.cols) {
+          for (int64_t depth = 0; depth < length; depth += isa::kDepth) {
+            const float* columns = packed.data() + begin * length + depth * ops_.cols;
+            ops_.multiply(own.data() + depth * ops_.rows, columns, std::min(isa::kDepth, length - depth), depth > 0, tile.data());
           }
-          float* keys = key.data() + r * cells;
-          for (int64_t c = 0; c < cells; ++c) keys[c] = static_cast<float>(0.5 * pivots.sqnorm[c]) - keys[c];
-          cell[i + r] = std::min_element(keys, keys + cells) - keys;
+          for (int64_t r = 0; r < count; ++r) {
+            if (cell[i + r] == cells) continue;
+            for (int64_t c = begin; c < std::min(cells, begin + ops_.cols); ++c) {
+              const float product = ops_.product(tile[r * ops_.cols + c - begin]) * own_scale[r] * scale[c];
+              const float key = static_cast<float>(0.5 * pivots.sqnorm[c]) - product;
+              if (key < least[r]) least[r] = key, cell[i + r] = c;
+            }
+          }
+        }
+        for (int64_t r = 0; r < count; ++r) {
+          if (cell[i + r] == cells) continue;
           double f;
-          floats_.distances(rows.data() + r * d_, pivots.rows.data(), d_, &cell[i + r], 1, nullptr, &f);
+          floats_.distances(rows[r], pivots.rows.data(), d_, &cell[i + r], 1, nullptr, &f);
           radius[i + r] = static_cast<float>(std::sqrt(f));
         }
       }
@@ -203,7 +254,7 @@ class Cells {
   int shift_ = 5;                // chunks have 2^shift rows
   std::vector<uint32_t> first_;  // of each chunk of positions: its first row
   const isa::RowOps<float> floats_ = isa::row_ops<float>(isa::level());
-  const isa::TileOps tiles_ = isa::tile_ops(std::min(isa::level(), isa::Level::kAvx512));  // of floats
+  const isa::TileOps ops_ = isa::tile_ops(isa::level());
   std::vector<uint32_t> order_;  // position -> row, once there are cells
   std::vector<int64_t> begin_;
   std::vector<double> radius_, norm_, distance_;  // of a cell: farthest row from its pivot; |pivot|; between pivots

@@ -313,6 +313,11 @@ struct TileOps {
   int rows, cols, width;  // tile shape; width = lanes of a vector
   int entries;            // of a row in one word of a panel: 1 float or, where there is `quantise`, 2 integers
   float (*quantise)(const float* row, float sqnorm, int64_t d, float* words);
+  float product(float entry) const {  // what `multiply` left in an entry, in units of the row and the column
+    int32_t sum;
+    std::memcpy(&sum, &entry, 4);
+    return quantise ? static_cast<float>(sum) : entry;
+  }
   void (*pack_rows)(const float* const* rows, int64_t first, int64_t count, float* out);
   void (*pack_cols)(const float* const* rows, int64_t first, int64_t count, float* out);
   void (*multiply)(const float* a, const float* b, int64_t depth, bool accumulate, float* c);

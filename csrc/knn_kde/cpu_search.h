@@ -325,6 +325,25 @@ class Search {
       floors(cols, w.col_floor);
       w.packed_bank = cols.begin;
     }
+    if (cells_.any() && rows.begin == cols.begin) {  // rows of a cell tell each other how near a row of another cell has to be
+      sweep_tiles(w, queues, rows, cols, [&](Range tile, Range panel) { return share_a_cell(tile, panel); });
+      find_near(w, queues, rows, cols);
+      sweep_tiles(w, queues, rows, cols, [&](Range tile, Range panel) {
+        return !share_a_cell(tile, panel) && near(w, rows, tile, cols, panel);
+      });
+    } else if (cells_.any()) {
+      sweep_tiles(w, queues, rows, cols, [&](Range tile, Range panel) { return near(w, rows, tile, cols, panel); });
+    } else {
+      sweep_tiles(w, queues, rows, cols, [](Range, Range) { return true; });
+    }
+  }
+
+  bool share_a_cell(Range a, Range b) const {
+    return cells_.at(a.end - 1) >= cells_.at(b.begin) && cells_.at(b.end - 1) >= cells_.at(a.begin);
+  }
+
+  template <class Wanted>
+  void sweep_tiles(Worker<T>& w, Queues& queues, Range rows, Range cols, const Wanted& wanted) {
     const int64_t most = std::clamp<int64_t>(kSubBlockFloats / words_ / ops_.rows, 4, 32);
     const int64_t step = std::min(most, divide_up(rows.size(), ops_.rows)) * ops_.rows;
     w.tile.resize(std::max<size_t>(w.tile.size(), step * ops_.cols));
@@ -336,7 +355,7 @@ class Search {
         for (int64_t i = sub.begin; i < sub.end; i += ops_.rows) {
           const Range tile{i, std::min(sub.end, i + ops_.rows)};
           if (symmetric_ && panel.end <= i) continue;  // below the diagonal: its mirror image is done
-          if (!cells_.any() || near(w, rows, tile, cols, panel)) w.tiles.push_back(tile);
+          if (wanted(tile, panel)) w.tiles.push_back(tile);
         }
         if (thin_) {
           multiply_thin(w, rows, sub, panel);
