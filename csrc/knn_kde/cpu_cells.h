@@ -1,8 +1,8 @@
 // The order in which the rows of a bank are searched, and cells of near rows that rule each other out.
 //
 // Without cells, chunks of the bank follow each other as a golden ratio scatters them: a bank sorted by distance, whose queues
-// would fill and empty all the time, costs what any other order does, and a bank in a file is still read in runs of rows.
-// With cells, rows lie cell by cell. By the triangle inequality
+// would fill and empty all the time, costs what any other order does. A file is read from its beginning to its end. With cells, rows lie
+// cell by cell. By the triangle inequality
 // |x - z| >= |a - b| - |x - a| - |z - b| for rows x, z of the cells of pivots a, b: cells whose rows all have k nearer rows already are never
 // multiplied. Pivots are the farthest points of a sample from each other, one after the other, so that each of as many clusters gets one.
 #pragma once
@@ -29,11 +29,11 @@ template <class T>
 class Cells {
  public:
   // The rows of a bank, what is to be subtracted from them, and their squared norms after that.
-  Cells(const T* points, const float* centre, const float* sqnorm, int64_t n, int64_t d)
+  Cells(const T* points, const float* centre, const float* sqnorm, int64_t n, int64_t d, bool in_file)
       : points_(points), centre_(centre), sqnorm_(sqnorm), n_(n), d_(d) {
     while (shift_ < 8 && (int64_t(sizeof(T)) * d << shift_) < kChunkBytes) ++shift_;
     const int64_t chunks = n >> shift_;  // a shorter one at the end stays there
-    int64_t stride = std::max<int64_t>(1, static_cast<int64_t>(0.6180339887 * chunks));
+    int64_t stride = std::max<int64_t>(1, static_cast<int64_t>(in_file ? 1 : 0.6180339887 * chunks));
     while (std::gcd(stride, chunks) > 1) ++stride;
     for (int64_t i = 0, chunk = 0; i < chunks; ++i, chunk = (chunk + stride) % chunks) first_.push_back(chunk << shift_);
     first_.push_back(chunks << shift_);

@@ -51,7 +51,7 @@ constexpr int64_t kSubBlockFloats = 128 * 1024;  // query rows that stay in L2 w
 template <class T>
 struct Problem {
   const T *queries, *points;
-  const float *centre, *centred, *sqnorm;  // centred (n, d) or null: rows are centred as they are read
+  const float *centre, *centred, *sqnorm;  // centred: (n, d), or null for rows in a file, centred as they are read
   const int64_t* self_index;    // or null
   const Wide<T>* bound;         // or null
   int64_t q, n, d, k;
@@ -71,7 +71,7 @@ class Search {
       : p_(problem),
         ops_(isa::tile_ops(isa::level())),
         rank_(isa::row_ops<T>(isa::level())),
-        cells_(p_.points, p_.centre, p_.sqnorm, p_.n, p_.d) {
+        cells_(p_.points, p_.centre, p_.sqnorm, p_.n, p_.d, !p_.centred) {
     const int64_t threads = worker_count(double(p_.q) * p_.n * p_.d);
     workers_.resize(threads);
     zeros_.assign(p_.d, 0.f);
@@ -146,7 +146,8 @@ class Search {
   // Blocks of queries times splits of the bank, a few tasks for each worker.
   void run_rectangular() {
     const int64_t threads = workers_.size();
-    const int64_t rows = std::min(block_, std::max<int64_t>(96, divide_up(divide_up(p_.q, threads), 96) * 96));
+    const int64_t share = p_.centred ? divide_up(p_.q, threads) : p_.q;  // a file has to be read for every block of queries
+    const int64_t rows = std::min(block_, std::max<int64_t>(96, divide_up(share, 96) * 96));
     const int64_t chunk = 4 * threads * rows;  // queries whose queues exist at one time
     for (int64_t begin = 0; begin < p_.q; begin += chunk) {
       const Range range{begin, std::min(p_.q, begin + chunk)};
