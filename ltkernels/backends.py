@@ -36,7 +36,7 @@ SCHEMAS = (  # with a C++ counterpart; the reason why no schema stands in C++ is
     "pair_sqdist(Tensor x, Tensor y) -> Tensor",
     f"pcl_rows({_LABELLED}) -> (Tensor row, Tensor pairs, Tensor active, Tensor mu_grad, Tensor partner_grad)",
 )
-TORCH_SCHEMAS = (  # torch ops on every backend: preparation and the bilinear pieces of the derivatives
+TORCH_SCHEMAS = (  # torch ops on every backend, but for preparing a bank on the CPU: that, and the bilinear pieces of the derivatives
     "bank_prepare(Tensor points, bool copy=True) -> (Tensor centre, Tensor centred, Tensor sqnorm)",
     "diff_sum(Tensor queries, Tensor points, Tensor index, Tensor coefficient) -> Tensor",
     "diff_dot(Tensor queries, Tensor points, Tensor index, Tensor vector) -> Tensor",

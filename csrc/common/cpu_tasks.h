@@ -18,8 +18,8 @@ struct Range {
 
 // Threads for so many multiply-adds: waking one costs what some 2^18 of them do.
 inline int64_t worker_count(double multiply_adds) {
-  const auto threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  return std::clamp<int64_t>(static_cast<int64_t>(std::min(multiply_adds * 0x1p-18, 0x1p60)), 1, threads);
+  const double threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  return static_cast<int64_t>(std::clamp(multiply_adds * 0x1p-18, 1.0, threads));
 }
 
 template <class F>

@@ -126,30 +126,12 @@ class Cells {
     return pivots;
   }
 
-  // A panel for `multiply`: `width` rows, rounded to integers where the instruction set has such, and what one unit of them is worth.
-  template <class Pack>
-  void pack(const float* const* rows, const float* sqnorm, int width, Pack pack_panel, AlignedVector<float>& words, float* out,
-            float* scale) const {
-    const int64_t length = divide_up(d_, ops_.entries);
-    words.resize(width * length);
-    const float* sources[isa::kMaxTileCols];
-    for (int r = 0; r < width; ++r) {
-      sources[r] = rows[r], scale[r] = 1;
-      if (ops_.quantise == nullptr) continue;
-      sources[r] = words.data() + r * length;
-      scale[r] = ops_.quantise(rows[r], sqnorm[r], d_, words.data() + r * length);
-    }
-    for (int64_t depth = 0; depth < length; depth += isa::kDepth) {
-      pack_panel(sources, depth, std::min(isa::kDepth, length - depth), out + depth * width);
-    }
-  }
-
   // Every row goes to the nearest pivot, by a product that may err: what counts is the distance to the pivot chosen.
   void assign(const Rows& pivots) {
     const int64_t cells = pivots.size(), length = divide_up(d_, ops_.entries), panels = divide_up(cells, ops_.cols);
     const std::vector<float> zeros(d_);
-    AlignedVector<float> packed(panels * ops_.cols * length), words;
-    std::vector<float> scale(panels * ops_.cols);
+    AlignedVector<float> packed(panels * ops_.cols * length), words(ops_.cols * length);
+    std::vector<float> scale(panels * ops_.cols, 1.f);
     for (int64_t panel = 0; panel < panels; ++panel) {
       const float* rows[isa::kMaxTileCols];
       float sqnorm[isa::kMaxTileCols] = {};
@@ -157,15 +139,16 @@ class Cells {
         rows[r] = c < cells ? pivots.rows.data() + c * d_ : zeros.data();
         if (c < cells) sqnorm[r] = static_cast<float>(pivots.sqnorm[c]);
       }
-      const int64_t at = panel * ops_.cols;
-      pack(rows, sqnorm, ops_.cols, ops_.pack_cols, words, packed.data() + at * length, scale.data() + at);
+      float* out = packed.data() + panel * ops_.cols * length;
+      isa::make_panel(ops_, ops_.pack_cols, rows, sqnorm, ops_.cols, d_, words.data(), scale.data() + panel * ops_.cols,
+                      [&](int64_t depth, int64_t) { return out + depth * ops_.cols; });
     }
     const auto centre = isa::row_ops<T>(isa::level()).centre;
     std::vector<uint32_t> cell(n_);
     std::vector<float> radius(n_);
     torch::stable::parallel_for(0, divide_up(n_, ops_.rows), 16, [&](int64_t first, int64_t last) {
-      std::vector<float> shifted(ops_.rows * d_), own_scale(ops_.rows), least(ops_.rows);
-      AlignedVector<float> own(ops_.rows * length), words, tile(ops_.rows * ops_.cols);
+      std::vector<float> shifted(ops_.rows * d_), own_scale(ops_.rows, 1.f), least(ops_.rows);
+      AlignedVector<float> own(ops_.rows * length), words(ops_.rows * length), tile(ops_.rows * ops_.cols);
       for (int64_t i = first * ops_.rows; i < std::min(n_, last * ops_.rows); i += ops_.rows) {
         const int64_t count = std::min<int64_t>(ops_.rows, n_ - i);
         const float* rows[isa::kMaxTileRows];
@@ -178,7 +161,8 @@ class Cells {
           cell[i + r] = 0, rows[r] = shifted.data() + r * d_, sqnorm[r] = sqnorm_[i + r];
           centre(points_ + (i + r) * d_, centre_, d_, shifted.data() + r * d_);
         }
-        pack(rows, sqnorm, ops_.rows, ops_.pack_rows, words, own.data(), own_scale.data());
+        isa::make_panel(ops_, ops_.pack_rows, rows, sqnorm, ops_.rows, d_, words.data(), own_scale.data(),
+                        [&](int64_t depth, int64_t) { return own.data() + depth * ops_.rows; });
         for (int64_t begin = 0; begin < cells; begin += ops_.cols) {
           for (int64_t depth = 0; depth < length; depth += isa::kDepth) {
             const float* columns = packed.data() + begin * length + depth * ops_.cols;
@@ -196,7 +180,7 @@ class Cells {
         for (int64_t r = 0; r < count; ++r) {
           if (cell[i + r] == cells) continue;
           double f;
-          floats_.distances(rows[r], pivots.rows.data(), d_, &cell[i + r], 1, nullptr, &f);
+          floats_.distances(shifted.data() + r * d_, pivots.rows.data(), d_, &cell[i + r], 1, nullptr, &f);
           radius[i + r] = static_cast<float>(std::sqrt(f));
         }
       }

@@ -327,6 +327,22 @@ struct TileOps {
   float (*bisect)(const float* x, int64_t count, int64_t wanted, int64_t slack);
 };
 
+// A panel of rows for `multiply`, a slice of kDepth words after the other at place(first word, words): rows as they are or, where there
+// is `quantise`, as integers, which go through `words` (width rows of them) and whose units go to `scale`. Changes `rows`.
+template <class Pack, class Place>
+void make_panel(const TileOps& ops, Pack pack, const float** rows, const float* sqnorm, int width, int64_t d, float* words, float* scale,
+                const Place& place) {
+  const int64_t length = (d + ops.entries - 1) / ops.entries;
+  for (int r = 0; ops.quantise && r < width; ++r) {
+    scale[r] = ops.quantise(rows[r], sqnorm[r], d, words + r * length);
+    rows[r] = words + r * length;
+  }
+  for (int64_t first = 0; first < length; first += kDepth) {
+    const int64_t count = length - first < kDepth ? length - first : kDepth;
+    pack(rows, first, count, place(first, count));
+  }
+}
+
 template <class T>
 struct RowOps {
   double (*centre)(const T* row, const float* centre, int64_t d, float* out);

@@ -228,7 +228,7 @@ class Search {
   // Packs rows into slices of kDepth words, a slice into panels of `width` rows: what `multiply` reads in sequence
   // lies in sequence. Rows are centred on the way, unless the bank has a copy of them that is, and rounded to integers.
   template <class Pack>
-  void pack(Worker<T>& w, Range rows, int width, Pack pack_panel, AlignedFloats& out, std::vector<float>& scale) {
+  void pack(Worker<T>& w, Range rows, int width, Pack pack_slice, AlignedFloats& out, std::vector<float>& scale) {
     const int64_t panels = divide_up(rows.size(), width);
     const bool queries = width == ops_.rows && !symmetric_;
     out.resize(std::max<size_t>(out.size(), panels * width * words_));
@@ -236,6 +236,7 @@ class Search {
     w.words.resize(std::max<size_t>(w.words.size(), width * words_));
     scale.assign(panels * width, 0.f);
     const float* sources[isa::kMaxTileCols];
+    float sqnorms[isa::kMaxTileCols];
     for (int64_t panel = 0; panel < panels; ++panel) {
       for (int r = 0; r < width; ++r) {
         const int64_t position = rows.begin + panel * width + r;
@@ -251,16 +252,10 @@ class Search {
           sources[r] = centred_row(id, shifted);
           sqnorm = p_.sqnorm[id];
         }
-        if (ops_.quantise) {
-          float* words = w.words.data() + r * words_;
-          scale[panel * width + r] = ops_.quantise(sources[r], sqnorm <= kLargestNorm ? sqnorm : 0.f, p_.d, words);
-          sources[r] = words;
-        }
+        sqnorms[r] = sqnorm <= kLargestNorm ? sqnorm : 0.f;
       }
-      for (int64_t depth = 0; depth < words_; depth += isa::kDepth) {
-        const int64_t count = std::min(isa::kDepth, words_ - depth);
-        pack_panel(sources, depth, count, out.data() + (depth * panels + panel * count) * width);
-      }
+      isa::make_panel(ops_, pack_slice, sources, sqnorms, width, p_.d, w.words.data(), scale.data() + panel * width,
+                      [&](int64_t depth, int64_t count) { return out.data() + (depth * panels + panel * count) * width; });
     }
   }
 
