@@ -10,9 +10,12 @@ STABLE_TORCH_LIBRARY_IMPL(ltkernels_native, CPU, m) {
   m.impl("bank_rows", TORCH_BOX(&ltkernels::bank_rows_cpu));
   m.impl("knn", TORCH_BOX(&ltkernels::knn_cpu));
   m.impl("knn_kde", TORCH_BOX(&ltkernels::knn_kde_cpu));
+  m.impl("knn_kde_bounded", TORCH_BOX(&ltkernels::knn_kde_bounded_cpu));
   m.impl("psel", TORCH_BOX(&ltkernels::psel_cpu));
   m.impl("psel_sample", TORCH_BOX(&ltkernels::psel_sample_cpu));
+  m.impl("psel_mean", TORCH_BOX(&ltkernels::psel_mean_cpu));
   m.impl("psel_mix", TORCH_BOX(&ltkernels::psel_mix_cpu));
   m.impl("pair_sqdist", TORCH_BOX(&ltkernels::pair_sqdist_cpu));
   m.impl("pcl_rows", TORCH_BOX(&ltkernels::pcl_rows_cpu));
+  m.impl("pcl", TORCH_BOX(&ltkernels::pcl_cpu));
 }

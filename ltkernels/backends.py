@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import _library, reference
 
@@ -36,17 +37,21 @@ SCHEMAS = (  # with a C++ counterpart; the reason why no schema stands in C++ is
     "pair_sqdist(Tensor x, Tensor y) -> Tensor",
     f"pcl_rows({_LABELLED}) -> (Tensor row, Tensor pairs, Tensor active, Tensor mu_grad, Tensor partner_grad)",
 )
+WHOLE_SCHEMAS = (  # made of those and of torch ops; C++ has all of it in one, as a dozen torch ops take longer than a few rows
+    f"knn_kde_bounded({_PREPARED}, Tensor bandwidth, Tensor? log_weight)"
+    " -> (Tensor log_density, Tensor score, Tensor sqdist, Tensor index, Tensor truncation)",
+    f"psel_mean({_NOISY}) -> (Tensor mean, Tensor log_normalizer)",
+    f"pcl({_LABELLED}) -> (Tensor total, Tensor pairs, Tensor row, Tensor active, Tensor mu_grad, Tensor partner_grad)",
+)
 TORCH_SCHEMAS = (  # torch ops on every backend, but for preparing a bank on the CPU: that, and the bilinear pieces of the derivatives
     "bank_prepare(Tensor points, bool copy=True) -> (Tensor centre, Tensor centred, Tensor sqnorm)",
     "diff_sum(Tensor queries, Tensor points, Tensor index, Tensor coefficient) -> Tensor",
     "diff_dot(Tensor queries, Tensor points, Tensor index, Tensor vector) -> Tensor",
     "diff_scatter(Tensor queries, Tensor points, Tensor index, Tensor coefficient) -> Tensor",
-    f"psel_mean({_NOISY}) -> (Tensor mean, Tensor log_normalizer)",
     "psel_backward(Tensor grad, Tensor p, Tensor x, Tensor clean, Tensor scale, Tensor std, bool[] needed)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"psel_mean_backward(Tensor grad, {_NOISY}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "pair_sqdist_backward(Tensor grad, Tensor x, Tensor y, bool[] needed) -> (Tensor, Tensor)",
-    f"pcl({_LABELLED}) -> (Tensor total, Tensor pairs, Tensor row, Tensor active, Tensor mu_grad, Tensor partner_grad)",
     "pcl_scaled(Tensor grad, Tensor factor, Tensor source) -> Tensor",
 )
 
@@ -61,9 +66,9 @@ MAX_N = 2**31 - 129  # and number the rows of the bank, padded to whole tiles, i
 
 _library_public = torch.library.Library("ltkernels", "DEF")
 _library_native = torch.library.Library("ltkernels_native", "DEF")
-for _schema in SCHEMAS + TORCH_SCHEMAS:
+for _schema in SCHEMAS + WHOLE_SCHEMAS + TORCH_SCHEMAS:
     _library_public.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-for _schema in (*SCHEMAS, "bank_rows(Tensor points, Tensor centre, bool copy) -> (Tensor centred, Tensor sqnorm)"):
+for _schema in (*SCHEMAS, *WHOLE_SCHEMAS, "bank_rows(Tensor points, Tensor centre, bool copy) -> (Tensor centred, Tensor sqnorm)"):
     _library_native.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _library.load()
 
@@ -88,23 +93,6 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _requested.reset(token)
-
-
-def register_autograd(op: str, backward: Callable, *, setup_context: Callable) -> None:
-    """torch.library.register_autograd, whose backward pass knows the `backend` block of the forward pass: for tensors on a card, autograd
-    runs it in a thread of its own, which no block of the caller's reaches."""
-
-    def setup(ctx, inputs, output):
-        ctx.backend = _requested.get()
-        setup_context(ctx, inputs, output)
-
-    def on_the_same_backend(ctx, *grads):
-        if ctx.backend is None:
-            return backward(ctx, *grads)
-        with backend(ctx.backend):
-            return backward(ctx, *grads)
-
-    torch.library.register_autograd(op, on_the_same_backend, setup_context=setup)
 
 
 def _valid(name: str, source: str) -> str:
@@ -143,12 +131,12 @@ def choose(op: str, like: Tensor, n: int, k: int) -> str:
     """The backend for each row of `like` and n points, of which k matter where the op is a search (else 1); raises when there is none, or
     when `routes_file()` is broken."""
     requested = _requested.get()
-    if requested is None and os.environ.get("LTKERNELS_BACKEND"):
-        requested = _valid(os.environ["LTKERNELS_BACKEND"], "LTKERNELS_BACKEND")
+    if requested is None and (named := os.environ.get("LTKERNELS_BACKEND")):
+        requested = _valid(named, "LTKERNELS_BACKEND")
     if requested is not None:
         _demand(op, requested, like, n, k)
         return requested
-    if like.device.type == "cpu":
+    if like.is_cpu:
         if _library.HAS_CPP:
             return "cpu"
         _warn_reference()
@@ -370,6 +358,18 @@ def _routed_rows(mu, labels, group, weight, margin, other, *rest):
     return run(mu.contiguous(), labels, group, weight, margin, None if other is None else other.contiguous(), *rest)
 
 
+def _whole(op: str, part: str, composed: Callable):
+    """The kernel of an op that C++ has whole; elsewhere it is `composed` of `part`, the op that is routed."""
+
+    def kernel(rows, others, *rest):
+        k = rest[5] if part == "knn_kde" else 1
+        if choose(_PUBLIC_NAMES[part], rows, len(others), k) == "cpu":
+            return implementation(op, "cpu")(rows.contiguous(), others.contiguous(), *rest)
+        return composed(rows, others, *rest)
+
+    return kernel
+
+
 def _bank_prepare(points, copy=True):
     """What each search reads of a bank, whichever backend it will be: routes have no say here."""
     centre = reference.centre(points)
@@ -387,19 +387,66 @@ _ROUTED = {
     "pair_sqdist": _routed_sqdist,
     "pcl_rows": _routed_rows,
 }
+_COMPOSED = {
+    "bank_prepare": _bank_prepare,
+    "diff_sum": reference.diff_sum,
+    "diff_dot": reference.diff_dot,
+    "diff_scatter": reference.diff_scatter,
+    "knn_kde_bounded": _whole("knn_kde_bounded", "knn_kde", reference.knn_kde_bounded),
+    "psel_mean": _whole("psel_mean", "psel", reference.psel_mean),
+    "pcl": _whole("pcl", "pcl_rows", reference.pcl),
+    "psel_backward": reference.psel_backward,
+    "psel_mean_backward": reference.psel_mean_backward,
+    "pair_sqdist_backward": reference.pair_sqdist_backward,
+    "pcl_scaled": reference.pcl_scaled,
+}
+_KERNELS = _ROUTED | _COMPOSED
 for _op, _kernel in _ROUTED.items():
     for _key in ("CPU", "CUDA"):
         _library_public.impl(_op, _kernel, _key)
-for _op, _function in (
-    ("bank_prepare", _bank_prepare),
-    ("diff_sum", reference.diff_sum),
-    ("diff_dot", reference.diff_dot),
-    ("diff_scatter", reference.diff_scatter),
-    ("psel_mean", reference.psel_mean),
-    ("psel_backward", reference.psel_backward),
-    ("psel_mean_backward", reference.psel_mean_backward),
-    ("pair_sqdist_backward", reference.pair_sqdist_backward),
-    ("pcl", reference.pcl),
-    ("pcl_scaled", reference.pcl_scaled),
-):
-    _library_public.impl(_op, _function, "CompositeExplicitAutograd")
+for _op, _kernel in _COMPOSED.items():
+    _library_public.impl(_op, _kernel, "CompositeExplicitAutograd")
+
+
+def register_autograd(op: str, backward: Callable, *, setup_context: Callable) -> None:
+    """What torch.library.register_autograd does, in less than half of its time, which on small inputs is most of a call. The backward pass
+    knows the `backend` block of the forward pass: for tensors on a card, autograd runs it in a thread of its own, which no block of the
+    caller's reaches."""
+    kernel, dispatched = _KERNELS[op], getattr(torch.ops.ltkernels, op).default
+
+    def run(*inputs):
+        if type(inputs[0]) is Tensor and not is_in_torch_dispatch_mode():
+            return kernel(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():  # a compiler or a mode has another kernel for it
+            return dispatched(*inputs)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = run(*inputs)
+            ctx.backend = _requested.get()
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            if ctx.backend is None:
+                return backward(ctx, *grads)
+            with backend(ctx.backend):
+                return backward(ctx, *grads)
+
+    def differentiable(*inputs):
+        learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        return Function.apply(*inputs) if learns else run(*inputs)
+
+    Function.__name__ = Function.__qualname__ = op  # grad_fn=<knnBackward>
+    _library_public.impl(op, differentiable, "Autograd")
+
+
+def register_no_second(op: str, name: str) -> None:
+    """For an op that is part of a derivative, or of another op: no derivative of its own, which raises."""
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{name}: no second derivatives")
+
+    register_autograd(op, backward, setup_context=lambda ctx, inputs, output: None)

@@ -126,12 +126,11 @@ def knn_kde_grad(queries, bank, k: int = 64, *, bandwidth, self_index=None, kern
     queries, bank, self_rows, bound = _checked(op, queries, bank, k, self_index)
     h = _bandwidth_rows(op, bandwidth, queries)
     log_weight = bank._mean_one_log_weight()
-    log_density, score, sqdist, index = torch.ops.ltkernels.knn_kde(
+    log_density, score, sqdist, index, truncation = torch.ops.ltkernels.knn_kde_bounded(
         queries, bank.points, bank.centre, bank.centred, bank.sqnorm, self_rows, bound, k, h, log_weight
     )
     if self_index is True:
         bank._remember(queries, k, sqdist)
-    truncation = _truncation(log_density, sqdist, index, h, log_weight, len(bank), self_rows)
     if kernel_norm == "density":
         log_density = log_density - 0.5 * queries.shape[1] * (math.log(2 * math.pi) + 2 * h.log())
     return KDE(*(kind(x) for x in (log_density, score, index, sqdist, truncation)))
@@ -277,29 +276,6 @@ def _bandwidth_rows(op: str, bandwidth, queries: Tensor) -> Tensor:
     return (cast if cast.dim() else cast.to(queries.device).expand(len(queries))).contiguous()
 
 
-def _truncation(log_density, sqdist, index, h, log_weight: Tensor | None, n: int, self_rows: Tensor | None) -> Tensor:
-    """log(rest * exp(-r_k^2 / 2h^2) / S_k), rest the weight of the points that were dropped: N - k without weights. A constant."""
-    k, wide, eps = index.shape[1], torch.finfo(torch.float64), torch.finfo(h.dtype).eps
-    h, dtype = h.double(), h.dtype
-    log_last = sqdist.detach().select(1, -1).double() / (h * h * -2.0)
-    # where all neighbours are at infinity, whatever was dropped lies there, too: log_kept is finite for log_last - log_kept to be -inf
-    log_kept = log_density.detach().double().clamp(min=wide.min) + math.log(k)
-    rest = h.new_full((), n - k) if self_rows is None else n - k - (self_rows >= 0).double()
-    if log_weight is not None:
-        weight = log_weight.detach().double().exp()
-        total = weight.sum()
-        difference = total - weight[index].sum(1)
-        if self_rows is not None:
-            difference = difference - torch.where(self_rows >= 0, weight[self_rows.clamp(min=0)], 0)
-        cancelled = 4 * n * wide.eps * total  # what the subtraction may have lost of a small rest
-        rest = torch.where(rest > 0, difference.clamp(min=0) + cancelled, 0)
-    # A bound must not fail in its last bit: kernels sum k terms in the inputs' arithmetic, in any order; log_last <= 0, log_kept and log k
-    # are rounded in it, too.
-    rounding = 8 * eps + 2 * wide.eps
-    bound = torch.add((1 - rounding) * log_last - log_kept, log_kept.abs(), alpha=rounding)
-    return (bound + (rest.log() + (rounding * (1 + math.log(k)) + k * eps))).to(dtype)
-
-
 @torch.library.register_fake("ltkernels::bank_prepare")
 def _(points, copy=True):
     n, d = points.shape
@@ -317,6 +293,12 @@ def _(queries, points, centre, centred, sqnorm, self_index, bound, k, bandwidth,
     log_density = queries.new_empty(len(queries), dtype=_answer_dtype(queries))
     sqdist = log_density.new_empty((len(queries), k))
     return log_density, log_density.new_empty(queries.shape), sqdist, torch.empty_like(sqdist, dtype=torch.int64)
+
+
+@torch.library.register_fake("ltkernels::knn_kde_bounded")
+def _(queries, points, centre, centred, sqnorm, self_index, bound, k, bandwidth, log_weight):
+    answers = torch.ops.ltkernels.knn_kde(queries, points, centre, centred, sqnorm, self_index, bound, k, bandwidth, log_weight)
+    return *answers, torch.empty_like(bandwidth)
 
 
 @torch.library.register_fake("ltkernels::diff_sum")
@@ -360,11 +342,12 @@ def _backward_knn(ctx, grad_sqdist, _):
 
 def _setup_knn_kde(ctx, inputs, output):
     queries, points, bandwidth, log_weight = inputs[0], inputs[1], inputs[8], inputs[9]
-    ctx.save_for_backward(queries, points, bandwidth, log_weight, *output[1:])
+    ctx.save_for_backward(queries, points, bandwidth, log_weight, *output[1:4])
+    ctx.mark_non_differentiable(output[4])
     ctx.set_materialize_grads(False)
 
 
-def _backward_knn_kde(ctx, grad_log_density, grad_score, grad_sqdist, _):
+def _backward_knn_kde(ctx, grad_log_density, grad_score, grad_sqdist, *_):
     queries, points, bandwidth, log_weight, score, sqdist, index = ctx.saved_tensors
     need_queries, need_points, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[9]
     diff_sum, diff_dot, diff_scatter = (getattr(torch.ops.ltkernels, f"diff_{name}") for name in ("sum", "dot", "scatter"))
@@ -431,8 +414,9 @@ def _backward_diff_scatter(ctx, grad):
     raise NotImplementedError("knn_kde_grad: the derivative in the bank's points is differentiable no further")
 
 
-backends.register_autograd("ltkernels::knn", _backward_knn, setup_context=_setup_knn)
-backends.register_autograd("ltkernels::knn_kde", _backward_knn_kde, setup_context=_setup_knn_kde)
-backends.register_autograd("ltkernels::diff_sum", _backward_diff_sum, setup_context=_setup_diff)
-backends.register_autograd("ltkernels::diff_dot", _backward_diff_dot, setup_context=_setup_diff)
-backends.register_autograd("ltkernels::diff_scatter", _backward_diff_scatter, setup_context=_setup_diff)
+backends.register_autograd("knn", _backward_knn, setup_context=_setup_knn)
+backends.register_autograd("knn_kde_bounded", _backward_knn_kde, setup_context=_setup_knn_kde)
+backends.register_autograd("diff_sum", _backward_diff_sum, setup_context=_setup_diff)
+backends.register_autograd("diff_dot", _backward_diff_dot, setup_context=_setup_diff)
+backends.register_autograd("diff_scatter", _backward_diff_scatter, setup_context=_setup_diff)
+backends.register_no_second("knn_kde", "knn_kde_grad")

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _arrays, backends
 from .knn_kde import _answer_dtype
 from .reference import PCL_FORMS
-from .score_select import _like_where_needed, _no_second, _refuse_tangent
+from .score_select import _like_where_needed, _refuse_tangent
 
 _DISTANCES, _REDUCTIONS = ("mean", "sum"), ("mean", "sum")
 _UNDERFLOW = 87.33  # exp(-d) leaves float32's normal range: 0 on cpu and, from 103.97 on, everywhere; so is its derivative
@@ -274,7 +274,8 @@ def _backward_pcl(ctx, factor, *_):
     )  # fmt: skip
 
 
-backends.register_autograd("ltkernels::pair_sqdist", _backward_sqdist, setup_context=_setup_sqdist)
-backends.register_autograd("ltkernels::pcl", _backward_pcl, setup_context=_setup_pcl)
-for _op, _name in (("pair_sqdist_backward", "pairwise_sqdist"), ("pcl_rows", "pcl_loss"), ("pcl_scaled", "pcl_loss")):
-    torch.library.register_autograd(f"ltkernels::{_op}", _no_second(_name))
+backends.register_autograd("pair_sqdist", _backward_sqdist, setup_context=_setup_sqdist)
+backends.register_autograd("pcl", _backward_pcl, setup_context=_setup_pcl)
+backends.register_no_second("pair_sqdist_backward", "pairwise_sqdist")
+backends.register_no_second("pcl_rows", "pcl_loss")
+backends.register_no_second("pcl_scaled", "pcl_loss")

@@ -91,6 +91,41 @@ def knn_kde(
     return log_density, diff_sum(queries, points, index, weight), sqdist, index
 
 
+def knn_kde_bounded(
+    queries: Tensor, points: Tensor, centre: Tensor, centred: Tensor, sqnorm: Tensor, self_index: Tensor | None, bound: Tensor | None,
+    k: int, bandwidth: Tensor, log_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What the backend's `knn_kde` answers, and the truncation (Q,)."""
+    found = torch.ops.ltkernels.knn_kde(queries, points, centre, centred, sqnorm, self_index, bound, k, bandwidth, log_weight)
+    log_density, _, sqdist, index = found
+    return *found, truncation(log_density, sqdist, index, bandwidth, log_weight, len(points), self_index)
+
+
+def truncation(
+    log_density: Tensor, sqdist: Tensor, index: Tensor, h: Tensor, log_weight: Tensor | None, n: int, self_rows: Tensor | None
+) -> Tensor:
+    """log(rest * exp(-r_k^2 / 2h^2) / S_k), rest the weight of the points that were dropped: N - k without weights. A constant."""
+    k, wide, eps = index.shape[1], torch.finfo(torch.float64), torch.finfo(h.dtype).eps
+    h, dtype = h.double(), h.dtype
+    log_last = sqdist.detach().select(1, -1).double() / (h * h * -2.0)
+    # where all neighbours are at infinity, whatever was dropped lies there, too: log_kept is finite for log_last - log_kept to be -inf
+    log_kept = log_density.detach().double().clamp(min=wide.min) + math.log(k)
+    rest = h.new_full((), n - k) if self_rows is None else n - k - (self_rows >= 0).double()
+    if log_weight is not None:
+        weight = log_weight.detach().double().exp()
+        total = weight.sum()
+        difference = total - weight[index].sum(1)
+        if self_rows is not None:
+            difference = difference - torch.where(self_rows >= 0, weight[self_rows.clamp(min=0)], 0)
+        cancelled = 4 * n * wide.eps * total  # what the subtraction may have lost of a small rest
+        rest = torch.where(rest > 0, difference.clamp(min=0) + cancelled, 0)
+    # A bound must not fail in its last bit: kernels sum k terms in the inputs' arithmetic, in any order; log_last <= 0, log_kept and log k
+    # are rounded in it, too.
+    rounding = 8 * eps + 2 * wide.eps
+    bound = torch.add((1 - rounding) * log_last - log_kept, log_kept.abs(), alpha=rounding)
+    return (bound + (rest.log() + (rounding * (1 + math.log(k)) + k * eps))).to(dtype)
+
+
 def kernel_logits(sqdist: Tensor, index: Tensor, bandwidth: Tensor, log_weight: Tensor | None) -> Tensor:
     logits = -sqdist / (2 * bandwidth[:, None].square())
     return logits if log_weight is None else logits + log_weight[index]
@@ -195,7 +230,7 @@ _MIX_CHUNK = 1 << 22  # elements of p, or of the answer, held at a time: 16 MB i
 
 
 def psel_mean(x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None) -> tuple[Tensor, Tensor]:
-    """sum_j p_ij clean_j (B, D) in the dtype of x, and the logsumexp (B,)."""
+    """sum_j p_ij clean_j (B, D) in the dtype of x, and the logsumexp (B,): the backend's `psel` and `psel_mix`."""
     ops, clean = torch.ops.ltkernels, clean.contiguous()  # once, not in every chunk
 
     def part(x: Tensor, scale: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -372,7 +407,7 @@ def _pcl_term(form: int, d: Tensor, margin: Tensor | None) -> tuple[Tensor, Tens
 def pcl(
     mu: Tensor, labels: Tensor, group: Tensor | None, weight: Tensor, *rest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """sum_i weight_i row_i (), the number of pairs (), and what else `pcl_rows` answers. On every backend."""
+    """sum_i weight_i row_i (), the number of pairs (), and what else the backend's `pcl_rows` answers."""
     row, pairs, active, mu_grad, partner_grad = torch.ops.ltkernels.pcl_rows(mu, labels, group, weight, *rest)
     total = _row_sums((weight * row).unsqueeze(0)).squeeze() if len(row) else row.new_zeros(())
     return total, pairs.sum(), row, active, mu_grad, partner_grad

@@ -398,16 +398,9 @@ def _backward_psel_mean(ctx, grad_mean, _):
     return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
 
 
-def _no_second(op: str):
-    def backward(ctx, *grads):
-        raise NotImplementedError(f"{op}: no second derivatives")
-
-    return backward
-
-
-backends.register_autograd("ltkernels::psel", _backward_psel, setup_context=_setup_psel)
-backends.register_autograd("ltkernels::psel_mean", _backward_psel_mean, setup_context=_setup_psel_mean)
-torch.library.register_autograd("ltkernels::psel_backward", _no_second("p_sel"))
-torch.library.register_autograd("ltkernels::psel_mean_backward", _no_second("posterior_mean"))
-torch.library.register_autograd("ltkernels::psel_sample", _no_second("score_select"))
-torch.library.register_autograd("ltkernels::psel_mix", _no_second("posterior_mean"))
+backends.register_autograd("psel", _backward_psel, setup_context=_setup_psel)
+backends.register_autograd("psel_mean", _backward_psel_mean, setup_context=_setup_psel_mean)
+backends.register_no_second("psel_backward", "p_sel")
+backends.register_no_second("psel_mean_backward", "posterior_mean")
+backends.register_no_second("psel_sample", "score_select")
+backends.register_no_second("psel_mix", "posterior_mean")

@@ -336,7 +336,7 @@ def test_opcheck(name, requires_grad, backend, device):
     prepared = (queries, bank.points, bank.centre, bank.centred, bank.sqnorm, None, None, k)
     torch.library.opcheck(OPS.bank_prepare.default, (bank.points,))
     torch.library.opcheck(OPS.knn.default, prepared)
-    torch.library.opcheck(OPS.knn_kde.default, (*prepared, torch.ones(len(queries), device=device), None))
+    torch.library.opcheck(OPS.knn_kde_bounded.default, (*prepared, torch.ones(len(queries), device=device), None))
     index = knn(queries.detach(), bank, k).index
     torch.library.opcheck(OPS.diff_sum.default, (queries, bank.points, index, torch.ones(index.shape, device=device)))
     torch.library.opcheck(OPS.diff_dot.default, (queries, bank.points, index, torch.ones_like(queries).detach()))

@@ -101,7 +101,7 @@ def perturb(monkeypatch, op, change):
 
     def perturbed(name, backend):
         run = implementation(name, backend)
-        return (lambda *arguments: change([x.clone() for x in run(*arguments)], arguments)) if name == op else run
+        return (lambda *arguments: tuple(change([x.clone() for x in run(*arguments)], arguments))) if name == op else run
 
     monkeypatch.setattr(backends, "implementation", perturbed)
 
@@ -122,25 +122,25 @@ def scaled_score(answer, _):
 
 
 def another_neighbour(answer, arguments):
-    index, n = answer[-1], len(arguments[1])
+    index, n = answer[3], len(arguments[1])
     if len(index):
         index[0, -1] = next(row for row in range(n) if row not in index[0])
     return answer
 
 
 def swapped_neighbours(answer, _):
-    for x in answer[-2:]:
+    for x in answer[2:4]:
         x[:, :2] = x[:, :2].flip(1)
     return answer
 
 
 def wrong_distance(answer, _):
-    answer[-2] *= 1 + 1e-5
+    answer[2] *= 1 + 1e-5
     return answer
 
 
 def from_another_call(answer, _):
-    answer[0] += 1e-7 * torch.rand(())
+    answer[0] *= 1 + 1e-6 * torch.rand(())
     return answer
 
 
@@ -152,7 +152,7 @@ def from_another_call(answer, _):
     ],  # fmt: skip
 )
 def test_a_wrong_answer_is_a_miss(change, output, few_cases, monkeypatch, capsys, tmp_path):
-    perturb(monkeypatch, "knn_kde", change)
+    perturb(monkeypatch, "knn_kde_bounded", change)
     assert selftest.main(["--backend", CPU, "--json", str(tmp_path / "report.json")]) == 1
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert {row["op"] for row in rows if row["verdict"] == "ok"} == set(selftest.OPS) - {"knn_kde_grad"}
@@ -196,13 +196,7 @@ def test_a_wrong_selection_is_a_miss(op, change, output, few_cases, monkeypatch)
 
 
 def test_a_wrong_mean_is_a_miss(few_cases, monkeypatch):
-    implementation = backends.implementation
-
-    def shifted(name, backend):
-        run = implementation(name, backend)
-        return (lambda *arguments: run(*arguments) + 2e-3) if name == "psel_mix" else run
-
-    monkeypatch.setattr(backends, "implementation", shifted)
+    perturb(monkeypatch, "psel_mean", lambda answer, _: (answer[0] + 2e-3, answer[1]))
     assert "mean in " in selftest.test(CPU, "cpu", "posterior_mean", torch.float32)["verdict"]
     assert selftest.test(CPU, "cpu", "p_sel", torch.float32)["verdict"] == "ok"
 
@@ -233,8 +227,13 @@ def test_a_wrong_distance_of_a_pair_is_a_miss(change, output, few_cases, monkeyp
     assert selftest.test(CPU, "cpu", "pcl_loss", torch.float32)["verdict"] == "ok"
 
 
-def wrong_row(answer, _):
+def wrong_total(answer, _):
     answer[0] *= 1 + 1e-5
+    return answer
+
+
+def wrong_row(answer, _):
+    answer[2] *= 1 + 1e-5
     return answer
 
 
@@ -244,34 +243,34 @@ def another_pair(answer, _):
 
 
 def another_active_pair(answer, _):
-    answer[2][:1] += 1
+    answer[3][:1] += 1
     return answer
 
 
 def turned_gradient(answer, _):
-    answer[3][:1] *= -1
+    answer[4][:1] *= -1
     return answer
 
 
 def one_gradient_less(answer, _):
-    answer[4][1:2] = 0
+    answer[5][1:2] = 0
     return answer
 
 
 def no_broken_gradient(answer, _):
-    answer[3].nan_to_num_()
+    answer[4].nan_to_num_()
     return answer
 
 
 @pytest.mark.parametrize(
     "change, output",
     [
-        (wrong_row, "loss"), (wrong_row, "weight grad"), (another_pair, "loss"), (another_active_pair, "margin grad"),
+        (wrong_total, "loss"), (wrong_row, "weight grad"), (another_pair, "loss"), (another_active_pair, "margin grad"),
         (turned_gradient, "mu grad"), (one_gradient_less, "other grad"), (no_broken_gradient, "mu grad"), (from_another_call, "bits"),
     ],  # fmt: skip
 )
 def test_a_wrong_loss_is_a_miss(change, output, few_cases, monkeypatch):
-    perturb(monkeypatch, "pcl_rows", change)
+    perturb(monkeypatch, "pcl", change)
     assert f"{output} in " in selftest.test(CPU, "cpu", "pcl_loss", torch.float32)["verdict"]
     assert selftest.test(CPU, "cpu", "pairwise_sqdist", torch.float32)["verdict"] == "ok"
 
@@ -310,7 +309,7 @@ def test_lost_rows_in_place_of_neighbours_are_a_miss(monkeypatch):
 
 
 def test_a_bound_that_is_exceeded_is_a_miss(few_cases, monkeypatch):
-    monkeypatch.setattr(ltkernels.knn_kde, "_truncation", lambda log_density, *_: torch.full_like(log_density, -30.0))
+    perturb(monkeypatch, "knn_kde_bounded", lambda answer, _: (*answer[:4], torch.full_like(answer[4], -30.0)))
     assert "truncation in " in selftest.test(CPU, "cpu", "knn_kde_grad", torch.float32)["verdict"]
 
 
@@ -413,7 +412,7 @@ def card(monkeypatch):
 
 
 def chosen(d, k=16, op="knn", dtype=torch.float32):
-    like = SimpleNamespace(device=torch.device("cuda", 0), shape=(5, d), dtype=dtype)
+    like = SimpleNamespace(is_cpu=False, device=torch.device("cuda", 0), shape=(5, d), dtype=dtype)
     return backends.choose(op, like, 1000, k)
 
 

@@ -24,4 +24,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> knn_kde_cpu(const Tensor& queries, co
                                                        const Tensor& bandwidth,
                                                        const std::optional<Tensor>& log_weight);
 
+// And (q,) what truncation dropped at most; see `truncation` in reference.py.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> knn_kde_bounded_cpu(
+    const Tensor& queries, const Tensor& points, const Tensor& centre, const Tensor& centred, const Tensor& sqnorm,
+    const std::optional<Tensor>& self_index, const std::optional<Tensor>& bound, int64_t k, const Tensor& bandwidth,
+    const std::optional<Tensor>& log_weight);
+
 }  // namespace ltkernels

@@ -103,6 +103,51 @@ void dispatch(const char* op, const Inputs& in, Tensor& sqdist, Tensor& index, c
   });
 }
 
+// exp(log_weight) and its sum, in blocks of rows, each in one order: the same bits for any number of threads.
+template <class W>
+std::pair<std::vector<double>, double> weights(const W* log_weight, int64_t n) {
+  constexpr int64_t kRows = 1 << 12;
+  std::vector<double> weight(n), sums(divide_up(n, kRows));
+  torch::stable::parallel_for(0, sums.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kRows; i < std::min(n, end * kRows); ++i) sums[i / kRows] += weight[i] = std::exp(double(log_weight[i]));
+  });
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return {std::move(weight), total};
+}
+
+// `truncation` of reference.py, whose comments say why it is a bound.
+template <class W>
+void truncate(const Tensor& log_density, const Tensor& sqdist, const Tensor& index, const Tensor& bandwidth,
+              const std::optional<Tensor>& log_weight, const std::optional<Tensor>& self_index, int64_t n, Tensor& truncation) {
+  const int64_t q = sqdist.size(0), k = sqdist.size(1);
+  const auto* kept = static_cast<const W*>(log_density.const_data_ptr());
+  const auto* distance = static_cast<const W*>(sqdist.const_data_ptr());
+  const auto* rows = static_cast<const int64_t*>(index.const_data_ptr());
+  const auto* h = static_cast<const W*>(bandwidth.const_data_ptr());
+  const int64_t* self = data<int64_t>(self_index);
+  auto* out = static_cast<W*>(truncation.mutable_data_ptr());
+  const double wide = std::numeric_limits<double>::epsilon(), eps = std::numeric_limits<W>::epsilon();
+  const double rounding = 8 * eps + 2 * wide, log_k = std::log(double(k)), slack = rounding * (1 + log_k) + k * eps;
+  const auto [weight, total] = log_weight ? weights(data<W>(log_weight), n) : std::pair{std::vector<double>{}, 0.0};
+  torch::stable::parallel_for(0, q, 1 << 12, [&, &weight = weight, &total = total](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const bool left_out = self && self[i] >= 0;
+      double rest = double(n - k - left_out);
+      if (log_weight && rest > 0) {
+        double sum = 0;
+        for (int64_t j = 0; j < k; ++j) sum += weight[rows[i * k + j]];
+        rest = total - sum - (left_out ? weight[self[i]] : 0);
+        rest = (rest < 0 ? 0 : rest) + 4 * n * wide * total;
+      }
+      const double log_last = distance[i * k + k - 1] / (double(h[i]) * h[i] * -2);
+      const double log_density = kept[i], lowest = std::numeric_limits<double>::lowest();
+      const double log_kept = (log_density < lowest ? lowest : log_density) + log_k;
+      out[i] = static_cast<W>((1 - rounding) * log_last - log_kept + rounding * std::abs(log_kept) + (std::log(rest) + slack));
+    }
+  });
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> bank_rows_cpu(const Tensor& points, const Tensor& centre, bool copy) {
@@ -111,8 +156,7 @@ std::tuple<Tensor, Tensor> bank_rows_cpu(const Tensor& points, const Tensor& cen
   const int64_t n = points.size(0), d = points.size(1);
   check_matrix(op, "points", points, n, d, points.scalar_type());
   check_vector(op, "centre", centre, d, ScalarType::Float);
-  Tensor centred = torch::stable::new_empty(points, {copy ? n : 0, d}, ScalarType::Float);
-  Tensor sqnorm = torch::stable::new_empty(points, {n}, ScalarType::Float);
+  Tensor centred = empty(ScalarType::Float, {copy ? n : 0, d}), sqnorm = empty(ScalarType::Float, {n});
   for_dtype(op, points.scalar_type(), [&](auto zero) { centre_rows<decltype(zero)>(points, centre, centred, sqnorm); });
   return {centred, sqnorm};
 }
@@ -123,8 +167,7 @@ std::tuple<Tensor, Tensor> knn_cpu(const Tensor& queries, const Tensor& points, 
   const Inputs in{queries, points, centre, centred, sqnorm, self_index, bound, k};
   check("knn", in);
   const int64_t q = queries.size(0);
-  Tensor sqdist = torch::stable::new_empty(points, {q, k}, result_type(points.scalar_type()));
-  Tensor index = torch::stable::new_empty(points, {q, k}, ScalarType::Long);
+  Tensor sqdist = empty(result_type(points.scalar_type()), {q, k}), index = empty(ScalarType::Long, {q, k});
   dispatch("knn", in, sqdist, index, nullptr, std::nullopt, nullptr, nullptr);
   return {sqdist, index};
 }
@@ -141,11 +184,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> knn_kde_cpu(const Tensor& queries, co
   const ScalarType type = result_type(points.scalar_type());
   check_vector("knn_kde", "bandwidth", bandwidth, q, type);
   if (log_weight) check_vector("knn_kde", "log_weight", *log_weight, n, type);
-  Tensor log_density = torch::stable::new_empty(points, {q}, type), score = torch::stable::new_empty(points, {q, d}, type);
-  Tensor sqdist = torch::stable::new_empty(points, {q, k}, type);
-  Tensor index = torch::stable::new_empty(points, {q, k}, ScalarType::Long);
+  Tensor log_density = empty(type, {q}), score = empty(type, {q, d});
+  Tensor sqdist = empty(type, {q, k}), index = empty(ScalarType::Long, {q, k});
   dispatch("knn_kde", in, sqdist, index, &bandwidth, log_weight, &log_density, &score);
   return {log_density, score, sqdist, index};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> knn_kde_bounded_cpu(
+    const Tensor& queries, const Tensor& points, const Tensor& centre, const Tensor& centred, const Tensor& sqnorm,
+    const std::optional<Tensor>& self_index, const std::optional<Tensor>& bound, int64_t k, const Tensor& bandwidth,
+    const std::optional<Tensor>& log_weight) {
+  auto [log_density, score, sqdist, index] =
+      knn_kde_cpu(queries, points, centre, centred, sqnorm, self_index, bound, k, bandwidth, log_weight);
+  Tensor truncation = empty(bandwidth.scalar_type(), {queries.size(0)});
+  if (truncation.scalar_type() == ScalarType::Double) {
+    truncate<double>(log_density, sqdist, index, bandwidth, log_weight, self_index, points.size(0), truncation);
+  } else {
+    truncate<float>(log_density, sqdist, index, bandwidth, log_weight, self_index, points.size(0), truncation);
+  }
+  return {log_density, score, sqdist, index, truncation};
 }
 
 }  // namespace ltkernels

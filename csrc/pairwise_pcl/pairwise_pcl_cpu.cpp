@@ -220,8 +220,8 @@ class Contrast {
         if (may_count(a, rows.end, partners, b, cols.end)) tasks_.push_back({a, b, {}, {}});
       }
     }
-    pull_.panel.resize(kBlock * kBlock), std::fill_n(&pull_.any[0][0], kSubs * kSubs, false);
-    if (both) back_.panel.resize(kBlock * kBlock), std::fill_n(&back_.any[0][0], kSubs * kSubs, false);
+    make_room(pull_, rows);
+    if (both) make_room(back_, cols);
     for_each(workers_.size(), tasks_.size(), [&](int64_t w, int64_t t) {
       Task& task = tasks_[t];
       Worker& worker = workers_[w];
@@ -231,7 +231,7 @@ class Contrast {
       const bool mirrored = p_.among && task.a != task.b;
       const bool any = ops_.terms(p_.form, p_.scale, worker.pairs.sqdist.data(), side(own_, task.a), side(partners, task.b), p_.among,
                                   &task.own, mirrored ? &task.theirs : nullptr, worker.pull.data());
-      if (!any) return;
+      if (!any || !(p_.mu_grad || p_.partner_grad)) return;
       const int64_t a = task.a - rows.begin, b = task.b - cols.begin;
       place(worker.pull.data(), kSub, 1, a, b, pull_);
       if (both || mirrored) place(worker.pull.data(), 1, kSub, b, a, same ? pull_ : back_);
@@ -243,6 +243,11 @@ class Contrast {
     if (p_.mu_grad) gather(own_, rows, partners, cols, pull_, p_.mu_grad);
     if (both && p_.among && p_.mu_grad) gather(own_, cols, own_, rows, back_, p_.mu_grad);
     if (p_.partner_grad) gather(partners, cols, own_, rows, back_, p_.partner_grad);
+  }
+
+  static void make_room(Pulls& pulls, Range rows) {
+    pulls.panel.resize(std::max<size_t>(pulls.panel.size(), round_up(rows.size(), kSub) * kBlock));
+    std::fill_n(&pulls.any[0][0], kSubs * kSubs, false);
   }
 
   // False where the order of the rows shows that no pair of the two blocks counts.
@@ -428,7 +433,7 @@ Tensor pair_sqdist_cpu(const Tensor& x, const Tensor& y) {
   const int64_t b = x.size(0), n = y.size(0), d = x.size(1);
   check_matrix("pair_sqdist", "x", x, b, d, x.scalar_type());
   check_matrix("pair_sqdist", "y", y, n, d, x.scalar_type());
-  Tensor out = torch::stable::new_empty(x, {b, n}, result_type(x.scalar_type()));
+  Tensor out = empty(result_type(x.scalar_type()), {b, n});
   dispatch("pair_sqdist", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     all_distances(data<T>(x), b, data<T>(y), n, d, written<Wide<T>>(out, true));
@@ -460,11 +465,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pcl_rows_cpu(const Tensor& mu
     check_vector(op, "other_labels", *other_labels, n, ScalarType::Long);
     if (other_group) check_vector(op, "other_group", *other_group, n, ScalarType::Long);
   }
-  Tensor row = torch::stable::new_empty(weight, {b}), pairs = torch::stable::new_empty(labels, {b});
-  Tensor active = torch::stable::new_empty(weight, {margin ? b : 0});
-  const auto gradient = [&](bool asked, int64_t rows) {
-    return asked ? torch::stable::new_empty(weight, {rows, d}) : torch::stable::new_empty(weight, {0});
-  };
+  Tensor row = empty(answer, {b}), pairs = empty(ScalarType::Long, {b}), active = empty(answer, {margin ? b : 0});
+  const auto gradient = [&](bool asked, int64_t rows) { return asked ? empty(answer, {rows, d}) : empty(answer, {0}); };
   Tensor mu_grad = gradient(grad, b), partner_grad = gradient(other_grad, n);
   dispatch(op, type, [&](auto zero) {
     using T = decltype(zero);
@@ -480,6 +482,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pcl_rows_cpu(const Tensor& mu
     Contrast<T>(p).run();
   });
   return {row, pairs, active, mu_grad, partner_grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pcl_cpu(const Tensor& mu, const Tensor& labels, const OptionalTensor& group,
+                                                                   const Tensor& weight, const OptionalTensor& margin,
+                                                                   const OptionalTensor& other, const OptionalTensor& other_labels,
+                                                                   const OptionalTensor& other_group, int64_t form, double scale,
+                                                                   bool grad, bool other_grad) {
+  auto [row, pairs, active, mu_grad, partner_grad] =
+      pcl_rows_cpu(mu, labels, group, weight, margin, other, other_labels, other_group, form, scale, grad, other_grad);
+  Tensor total = empty(weight.scalar_type(), {}), count = empty(ScalarType::Long, {});
+  const auto* counts = data<int64_t>(pairs);
+  *written<int64_t>(count, true) = std::accumulate(counts, counts + pairs.size(0), int64_t{0});
+  const auto add = [&](auto zero) {
+    using W = decltype(zero);
+    const W *weights = data<W>(weight), *rows = data<W>(row);
+    *written<W>(total, true) = static_cast<W>(std::inner_product(weights, weights + row.size(0), rows, 0.0, std::plus<>(),
+                                                                 [](W a, W b) { return double(a) * b; }));
+  };
+  weight.scalar_type() == ScalarType::Double ? add(double{}) : add(float{});
+  return {total, count, row, active, mu_grad, partner_grad};
 }
 
 }  // namespace ltkernels

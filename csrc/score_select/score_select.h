@@ -15,6 +15,9 @@ std::tuple<Tensor, Tensor> psel_cpu(const Tensor& x, const Tensor& clean, const 
 std::tuple<Tensor, Tensor> psel_sample_cpu(const Tensor& x, const Tensor& clean, const Tensor& scale, const Tensor& std,
                                            const std::optional<Tensor>& log_prior, const Tensor& seed, int64_t row_offset);
 
+std::tuple<Tensor, Tensor> psel_mean_cpu(const Tensor& x, const Tensor& clean, const Tensor& scale, const Tensor& std,
+                                         const std::optional<Tensor>& log_prior);
+
 Tensor psel_mix_cpu(const Tensor& weight, const Tensor& clean);
 
 }  // namespace ltkernels

@@ -30,6 +30,7 @@ using torch::headeronly::Half;
 
 constexpr int64_t kMaxRows = 64;             // rows of x that a worker takes at a time
 constexpr int64_t kPartials = 128 * 1024;    // of rows whose chunks are combined at one time
+constexpr int64_t kMeanChunk = 1 << 22;      // elements of p, or of the answer, between a softmax and its mean: 16 MB of float
 
 // ---- logits and what follows from them -----------------------------------------------------------------------------
 
@@ -269,7 +270,7 @@ class Mix {
 
   void pack_clean(Worker& w, Range block, Range cols) const {
     const int64_t strips = divide_up(cols.size(), ops_.mix_cols);
-    w.clean.resize(kStrips * kDepth * ops_.mix_cols), w.row.assign(group_, W{0}), w.broken.clear();
+    w.clean.resize(std::max<size_t>(w.clean.size(), strips * kDepth * ops_.mix_cols)), w.row.assign(group_, W{0}), w.broken.clear();
     for (int64_t k = block.begin; k < block.end; ++k) {
       if (!ops_.widen_finite(clean_ + k * d_ + cols.begin, cols.size(), w.row.data())) {
         w.broken.push_back(k);
@@ -333,13 +334,20 @@ const T* data(const Tensor& t) {
 }
 
 template <class T>
-void select(const Inputs& in, Tensor* p, const Tensor* seed, int64_t row_offset, Tensor* index, Tensor& log_normalizer) {
+Problem<T> given(const Inputs& in) {
   using W = Wide<T>;
   Problem<T> problem{};
   problem.x = data<T>(in.x), problem.clean = data<T>(in.clean);
   problem.scale = data<W>(in.scale), problem.std = data<W>(in.std);
   problem.prior = in.log_prior ? data<W>(*in.log_prior) : nullptr;
   problem.b = in.x.size(0), problem.k = in.clean.size(0), problem.d = in.clean.size(1);
+  return problem;
+}
+
+template <class T>
+void select(const Inputs& in, Tensor* p, const Tensor* seed, int64_t row_offset, Tensor* index, Tensor& log_normalizer) {
+  using W = Wide<T>;
+  Problem<T> problem = given<T>(in);
   if (p) problem.p = static_cast<W*>(p->mutable_data_ptr());
   if (index) {
     problem.seed = static_cast<uint64_t>(*data<int64_t>(*seed)), problem.row_offset = static_cast<uint64_t>(row_offset);
@@ -349,14 +357,38 @@ void select(const Inputs& in, Tensor* p, const Tensor* seed, int64_t row_offset,
   if (problem.b > 0) Selection<T>(problem).run();
 }
 
-void dispatch(const char* op, const Inputs& in, Tensor* p, const Tensor* seed, int64_t row_offset, Tensor* index,
-              Tensor& log_normalizer) {
-  switch (in.clean.scalar_type()) {
-    case ScalarType::Float: return select<float>(in, p, seed, row_offset, index, log_normalizer);
-    case ScalarType::Double: return select<double>(in, p, seed, row_offset, index, log_normalizer);
-    case ScalarType::Half: return select<Half>(in, p, seed, row_offset, index, log_normalizer);
-    case ScalarType::BFloat16: return select<BFloat16>(in, p, seed, row_offset, index, log_normalizer);
+template <class F>
+void for_dtype(const char* op, ScalarType type, const F& f) {  // f(a value of the type)
+  switch (type) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::Half: return f(Half{});
+    case ScalarType::BFloat16: return f(BFloat16{});
     default: LT_CHECK(false, op, "expected fp16, bf16, fp32 or fp64 tensors");
+  }
+}
+
+// The mean of every row under its p, of which kMeanChunk elements exist at a time.
+template <class T>
+void mean(const Inputs& in, Tensor& mean, Tensor& log_normalizer) {
+  using W = Wide<T>;
+  constexpr bool narrow = !std::is_same_v<T, W>;
+  const Problem<T> whole = given<T>(in);
+  const int64_t k = whole.k, d = whole.d, step = std::clamp<int64_t>(kMeanChunk / std::max(k, d), 1, std::max<int64_t>(whole.b, 1));
+  std::vector<W> p(step * k), sums(narrow ? step * d : 0);
+  T* out = static_cast<T*>(mean.mutable_data_ptr());
+  for (int64_t begin = 0; begin < whole.b; begin += step) {
+    Problem<T> part = whole;
+    part.b = std::min(step, whole.b - begin);
+    part.x += begin * d, part.scale += begin, part.std += begin, part.p = p.data();
+    part.log_normalizer = static_cast<W*>(log_normalizer.mutable_data_ptr()) + begin;
+    Selection<T>(part).run();
+    if constexpr (narrow) {
+      Mix<T>(p.data(), part.clean, sums.data(), part.b, k, d).run();
+      std::transform(sums.begin(), sums.begin() + part.b * d, out + begin * d, [](W sum) { return static_cast<T>(sum); });
+    } else {
+      Mix<T>(p.data(), part.clean, out + begin * d, part.b, k, d).run();
+    }
   }
 }
 
@@ -373,9 +405,9 @@ std::tuple<Tensor, Tensor> psel_cpu(const Tensor& x, const Tensor& clean, const 
                                     const std::optional<Tensor>& log_prior) {
   const Inputs in{x, clean, scale, std, log_prior};
   check("psel", in);
-  Tensor p = torch::stable::new_empty(scale, {x.size(0), clean.size(0)});
-  Tensor log_normalizer = torch::stable::new_empty(scale, {x.size(0)});
-  dispatch("psel", in, &p, nullptr, 0, nullptr, log_normalizer);
+  Tensor p = empty(scale.scalar_type(), {x.size(0), clean.size(0)});
+  Tensor log_normalizer = empty(scale.scalar_type(), {x.size(0)});
+  for_dtype("psel", clean.scalar_type(), [&](auto zero) { select<decltype(zero)>(in, &p, nullptr, 0, nullptr, log_normalizer); });
   return {p, log_normalizer};
 }
 
@@ -385,10 +417,21 @@ std::tuple<Tensor, Tensor> psel_sample_cpu(const Tensor& x, const Tensor& clean,
   check("psel_sample", in);
   check_vector("psel_sample", "seed", seed, 1, ScalarType::Long);
   LT_CHECK(row_offset >= 0, "psel_sample", "row_offset must be >= 0; got ", row_offset);
-  Tensor index = torch::stable::new_empty(scale, {x.size(0)}, ScalarType::Long);
-  Tensor log_normalizer = torch::stable::new_empty(scale, {x.size(0)});
-  dispatch("psel_sample", in, nullptr, &seed, row_offset, &index, log_normalizer);
+  Tensor index = empty(ScalarType::Long, {x.size(0)});
+  Tensor log_normalizer = empty(scale.scalar_type(), {x.size(0)});
+  for_dtype("psel_sample", clean.scalar_type(), [&](auto zero) {
+    select<decltype(zero)>(in, nullptr, &seed, row_offset, &index, log_normalizer);
+  });
   return {index, log_normalizer};
+}
+
+std::tuple<Tensor, Tensor> psel_mean_cpu(const Tensor& x, const Tensor& clean, const Tensor& scale, const Tensor& std,
+                                         const std::optional<Tensor>& log_prior) {
+  const Inputs in{x, clean, scale, std, log_prior};
+  check("psel_mean", in);
+  Tensor out = empty(x.scalar_type(), {x.size(0), x.size(1)}), log_normalizer = empty(scale.scalar_type(), {x.size(0)});
+  for_dtype("psel_mean", clean.scalar_type(), [&](auto zero) { mean<decltype(zero)>(in, out, log_normalizer); });
+  return {out, log_normalizer};
 }
 
 Tensor psel_mix_cpu(const Tensor& weight, const Tensor& clean) {
@@ -396,14 +439,8 @@ Tensor psel_mix_cpu(const Tensor& weight, const Tensor& clean) {
   const ScalarType type = clean.scalar_type();
   check_matrix("psel_mix", "weight", weight, weight.size(0), clean.size(0), result_type(type));
   check_matrix("psel_mix", "clean", clean, clean.size(0), clean.size(1), type);
-  Tensor out = torch::stable::new_empty(weight, {weight.size(0), clean.size(1)});
-  switch (type) {
-    case ScalarType::Float: mix<float>(weight, clean, out); break;
-    case ScalarType::Double: mix<double>(weight, clean, out); break;
-    case ScalarType::Half: mix<Half>(weight, clean, out); break;
-    case ScalarType::BFloat16: mix<BFloat16>(weight, clean, out); break;
-    default: LT_CHECK(false, "psel_mix", "expected fp16, bf16, fp32 or fp64 tensors");
-  }
+  Tensor out = empty(weight.scalar_type(), {weight.size(0), clean.size(1)});
+  for_dtype("psel_mix", type, [&](auto zero) { mix<decltype(zero)>(weight, clean, out); });
   return out;
 }
 
