@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY_IMPL(ltkernels_native, CPU, m) {
   m.impl("knn_kde_bounded", TORCH_BOX(&ltkernels::knn_kde_bounded_cpu));
   m.impl("psel", TORCH_BOX(&ltkernels::psel_cpu));
   m.impl("psel_sample", TORCH_BOX(&ltkernels::psel_sample_cpu));
+  m.impl("score_select", TORCH_BOX(&ltkernels::score_select_cpu));
   m.impl("psel_mean", TORCH_BOX(&ltkernels::psel_mean_cpu));
   m.impl("psel_mix", TORCH_BOX(&ltkernels::psel_mix_cpu));
   m.impl("pair_sqdist", TORCH_BOX(&ltkernels::pair_sqdist_cpu));

@@ -40,8 +40,10 @@ SCHEMAS = (  # with a C++ counterpart; the reason why no schema stands in C++ is
 WHOLE_SCHEMAS = (  # made of those and of torch ops; C++ has all of it in one, as a dozen torch ops take longer than a few rows
     f"knn_kde_bounded({_PREPARED}, Tensor bandwidth, Tensor? log_weight)"
     " -> (Tensor log_density, Tensor score, Tensor sqdist, Tensor index, Tensor truncation)",
+    f"score_select({_NOISY}, Tensor seed, int row_offset, Tensor? own, Tensor? counts, Tensor? labels, Tensor? self_labels, int gate)"
+    " -> (Tensor index, Tensor moved, Tensor log_normalizer)",
     f"psel_mean({_NOISY}) -> (Tensor mean, Tensor log_normalizer)",
-    f"pcl({_LABELLED}) -> (Tensor total, Tensor pairs, Tensor row, Tensor active, Tensor mu_grad, Tensor partner_grad)",
+    f"pcl({_LABELLED}, bool mean) -> (Tensor loss, Tensor divisor, Tensor row, Tensor active, Tensor mu_grad, Tensor partner_grad)",
 )
 TORCH_SCHEMAS = (  # torch ops on every backend, but for preparing a bank on the CPU: that, and the bilinear pieces of the derivatives
     "bank_prepare(Tensor points, bool copy=True) -> (Tensor centre, Tensor centred, Tensor sqnorm)",
@@ -71,6 +73,7 @@ for _schema in SCHEMAS + WHOLE_SCHEMAS + TORCH_SCHEMAS:
 for _schema in (*SCHEMAS, *WHOLE_SCHEMAS, "bank_rows(Tensor points, Tensor centre, bool copy) -> (Tensor centred, Tensor sqnorm)"):
     _library_native.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _library.load()
+_HAS_CPP = _library.HAS_CPP
 
 _requested: ContextVar[str | None] = ContextVar("ltkernels_backend", default=None)
 
@@ -137,7 +140,7 @@ def choose(op: str, like: Tensor, n: int, k: int) -> str:
         _demand(op, requested, like, n, k)
         return requested
     if like.is_cpu:
-        if _library.HAS_CPP:
+        if _HAS_CPP:
             return "cpu"
         _warn_reference()
         return "reference"
@@ -257,7 +260,7 @@ def unavailable(name: str, device: str) -> str | None:
     if name == "cpu":
         if device != "cpu":
             return f"it runs on CPU tensors; got {device}"
-        return None if _library.HAS_CPP else f"ltkernels was built without C++ kernels ({_library.build_info()['cpp_reason']})"
+        return None if _HAS_CPP else f"ltkernels was built without C++ kernels ({_library.build_info()['cpp_reason']})"
     if name == "cuda":
         if device != "cuda":
             return f"it runs on CUDA tensors; got {device}"
@@ -330,42 +333,36 @@ _STEMS = {
 }  # fmt: skip
 
 
-def _routed_search(op: str):
-    def kernel(queries, points, *rest):
-        k = rest[5]
-        run = implementation(op, choose(_PUBLIC_NAMES[op], queries, len(points), k))
-        return run(queries.contiguous(), points.contiguous(), *rest)
+class _Operands(NamedTuple):
+    """Places in an op's arguments."""
 
-    return kernel
-
-
-def _routed_selection(op: str):
-    def kernel(rows, clean, *rest):
-        like = clean if op == "psel_mix" else rows  # its rows are weights, in float32 whatever the points are in
-        run = implementation(op, choose(_PUBLIC_NAMES[op], like, len(clean), 1))
-        return run(rows.contiguous(), clean.contiguous(), *rest)
-
-    return kernel
+    like: int  # whose device, dtype and columns are asked about
+    among: int  # whose rows are many; where that is None, those of `like` are
+    k: int | None = None  # neighbours that matter
 
 
-def _routed_sqdist(x, y):
-    run = implementation("pair_sqdist", choose("pairwise_sqdist", x, len(y), 1))
-    return run(x.contiguous(), y.contiguous())
+_OPERANDS = {
+    "knn": _Operands(0, 1, 7), "knn_kde": _Operands(0, 1, 7), "psel": _Operands(0, 1), "psel_sample": _Operands(0, 1),
+    "psel_mix": _Operands(1, 1),  # the others are weights, in float32 whatever the points are in
+    "pair_sqdist": _Operands(0, 1), "pcl_rows": _Operands(0, 5),
+}  # fmt: skip
 
 
-def _routed_rows(mu, labels, group, weight, margin, other, *rest):
-    run = implementation("pcl_rows", choose("pcl_loss", mu, len(mu if other is None else other), 1))
-    return run(mu.contiguous(), labels, group, weight, margin, None if other is None else other.contiguous(), *rest)
+def _routed(op: str, whole: str | None = None, composed: Callable | None = None):
+    """The kernel that asks the route of `op`, or of an op of which it is a part: `whole` in C++, elsewhere `composed`."""
+    like, among, k = _OPERANDS[op]
+    public, matrices = _PUBLIC_NAMES[op], (0, among)
 
-
-def _whole(op: str, part: str, composed: Callable):
-    """The kernel of an op that C++ has whole; elsewhere it is `composed` of `part`, the op that is routed."""
-
-    def kernel(rows, others, *rest):
-        k = rest[5] if part == "knn_kde" else 1
-        if choose(_PUBLIC_NAMES[part], rows, len(others), k) == "cpu":
-            return implementation(op, "cpu")(rows.contiguous(), others.contiguous(), *rest)
-        return composed(rows, others, *rest)
+    def kernel(*inputs):
+        many = inputs[like] if inputs[among] is None else inputs[among]
+        chosen = choose(public, inputs[like], many.shape[0], 1 if k is None else inputs[k])
+        if whole and chosen != "cpu":
+            return composed(*inputs)
+        inputs = list(inputs)
+        for place in matrices:
+            if inputs[place] is not None:
+                inputs[place] = inputs[place].contiguous()
+        return implementation(whole or op, chosen)(*inputs)
 
     return kernel
 
@@ -373,28 +370,21 @@ def _whole(op: str, part: str, composed: Callable):
 def _bank_prepare(points, copy=True):
     """What each search reads of a bank, whichever backend it will be: routes have no say here."""
     centre = reference.centre(points)
-    compiled = points.device.type == "cpu" and _library.HAS_CPP
+    compiled = points.device.type == "cpu" and _HAS_CPP
     rows = torch.ops.ltkernels_native.bank_rows if compiled else reference.bank_rows
     return centre, *rows(points.contiguous(), centre, copy)
 
 
-_ROUTED = {
-    "knn": _routed_search("knn"),
-    "knn_kde": _routed_search("knn_kde"),
-    "psel": _routed_selection("psel"),
-    "psel_sample": _routed_selection("psel_sample"),
-    "psel_mix": _routed_selection("psel_mix"),
-    "pair_sqdist": _routed_sqdist,
-    "pcl_rows": _routed_rows,
-}
+_ROUTED = {_op: _routed(_op) for _op in _OPERANDS}
 _COMPOSED = {
     "bank_prepare": _bank_prepare,
     "diff_sum": reference.diff_sum,
     "diff_dot": reference.diff_dot,
     "diff_scatter": reference.diff_scatter,
-    "knn_kde_bounded": _whole("knn_kde_bounded", "knn_kde", reference.knn_kde_bounded),
-    "psel_mean": _whole("psel_mean", "psel", reference.psel_mean),
-    "pcl": _whole("pcl", "pcl_rows", reference.pcl),
+    "knn_kde_bounded": _routed("knn_kde", "knn_kde_bounded", reference.knn_kde_bounded),
+    "score_select": _routed("psel_sample", "score_select", reference.score_select),
+    "psel_mean": _routed("psel", "psel_mean", reference.psel_mean),
+    "pcl": _routed("pcl_rows", "pcl", reference.pcl),
     "psel_backward": reference.psel_backward,
     "psel_mean_backward": reference.psel_mean_backward,
     "pair_sqdist_backward": reference.pair_sqdist_backward,
@@ -408,6 +398,9 @@ for _op, _kernel in _COMPOSED.items():
     _library_public.impl(_op, _kernel, "CompositeExplicitAutograd")
 
 
+_DIFFERENTIABLE = {}  # the kernels with their derivatives, by op
+
+
 def register_autograd(op: str, backward: Callable, *, setup_context: Callable) -> None:
     """What torch.library.register_autograd does, in less than half of its time, which on small inputs is most of a call. The backward pass
     knows the `backend` block of the forward pass: for tensors on a card, autograd runs it in a thread of its own, which no block of the
@@ -417,7 +410,7 @@ def register_autograd(op: str, backward: Callable, *, setup_context: Callable) -
     def run(*inputs):
         if type(inputs[0]) is Tensor and not is_in_torch_dispatch_mode():
             return kernel(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():  # a compiler or a mode has another kernel for it
+        with torch._C._AutoDispatchBelowAutograd():  # a compiler's stand-in or a mode, which has another kernel for it
             return dispatched(*inputs)
 
     class Function(torch.autograd.Function):
@@ -435,11 +428,17 @@ def register_autograd(op: str, backward: Callable, *, setup_context: Callable) -
             with backend(ctx.backend):
                 return backward(ctx, *grads)
 
+    places = [place for place, argument in enumerate(dispatched._schema.arguments) if "Tensor" in str(argument.type)]
+
     def differentiable(*inputs):
-        learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        return Function.apply(*inputs) if learns else run(*inputs)
+        if torch.is_grad_enabled():
+            for place in places:
+                if inputs[place] is not None and inputs[place].requires_grad:
+                    return Function.apply(*inputs)
+        return run(*inputs)
 
     Function.__name__ = Function.__qualname__ = op  # grad_fn=<knnBackward>
+    _DIFFERENTIABLE[op] = differentiable
     _library_public.impl(op, differentiable, "Autograd")
 
 
@@ -450,3 +449,11 @@ def register_no_second(op: str, name: str) -> None:
         raise NotImplementedError(f"{name}: no second derivatives")
 
     register_autograd(op, backward, setup_context=lambda ctx, inputs, output: None)
+
+
+def call(op: str, *inputs):
+    """torch.ops.ltkernels.op(*inputs), past the dispatcher where nothing but the kernel would answer there: it takes 5 to 10 us to hand a
+    dozen arguments to Python and back."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return getattr(torch.ops.ltkernels, op)(*inputs)
+    return _DIFFERENTIABLE[op](*inputs)

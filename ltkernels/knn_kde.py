@@ -2,7 +2,6 @@
 
 import math
 import os
-from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -44,7 +43,7 @@ class KDE(NamedTuple):
 
     def potential(self, rho: float):
         """(U (Q,), dU / d query (Q, d)) of U = -log(p + rho) in log domain; rho >= 0 bounds the gradient far away.   (000: A.4, A.5)"""
-        if not (isinstance(rho, Real) and 0 <= rho < math.inf):
+        if not (isinstance(rho, _arrays.REAL) and 0 <= rho < math.inf):
             raise ValueError(f"KDE.potential: rho must be a finite number >= 0; got {rho!r}")
         log_density, score, back = _tensor(self.log_density), _tensor(self.score), _arrays.in_kind(self.log_density)
         if rho == 0:
@@ -79,8 +78,8 @@ def knn(queries, bank, k: int, *, self_index=None) -> Neighbors:
     """
     kind = _arrays.in_kind(queries)
     queries, bank, self_rows, bound = _checked("knn", queries, bank, k, self_index)
-    sqdist, index = torch.ops.ltkernels.knn(
-        queries, bank.points, bank.centre, bank.centred, bank.sqnorm, self_rows, bound, k
+    sqdist, index = backends.call(
+        "knn", queries, bank.points, bank.centre, bank.centred, bank.sqnorm, self_rows, bound, k
     )
     if self_index is True:
         bank._remember(queries, k, sqdist)
@@ -126,8 +125,8 @@ def knn_kde_grad(queries, bank, k: int = 64, *, bandwidth, self_index=None, kern
     queries, bank, self_rows, bound = _checked(op, queries, bank, k, self_index)
     h = _bandwidth_rows(op, bandwidth, queries)
     log_weight = bank._mean_one_log_weight()
-    log_density, score, sqdist, index, truncation = torch.ops.ltkernels.knn_kde_bounded(
-        queries, bank.points, bank.centre, bank.centred, bank.sqnorm, self_rows, bound, k, h, log_weight
+    log_density, score, sqdist, index, truncation = backends.call(
+        "knn_kde_bounded", queries, bank.points, bank.centre, bank.centred, bank.sqnorm, self_rows, bound, k, h, log_weight
     )
     if self_index is True:
         bank._remember(queries, k, sqdist)
@@ -157,8 +156,8 @@ def knn_bandwidth(bank, k: int = 64, rule: str = "knn-median") -> Tensor:
             h = variance.sqrt().to(_answer_dtype(bank.points)) * max(n, 1) ** (-1 / (bank.points.shape[1] + 4))
         else:
             points, bank, self_rows, bound = _checked(op, bank.points, bank, k, True)
-            sqdist, _ = torch.ops.ltkernels.knn(
-                points, bank.points, bank.centre, bank.centred, bank.sqnorm, self_rows, bound, k
+            sqdist, _ = backends.call(
+                "knn", points, bank.points, bank.centre, bank.centred, bank.sqnorm, self_rows, bound, k
             )
             bank._remember(points, k, sqdist)
             radius = sqdist[:, -1].sqrt().sort().values  # inf and NaN come last
@@ -214,7 +213,7 @@ def _checked(op: str, queries, bank, k, self_index) -> tuple[Tensor, Bank, Tenso
             raise TypeError(f"{op}: expected queries and bank of one dtype; got {queries.dtype} and {points.dtype}")
         queries = queries.to(points.dtype)  # the bank is the large one: autocast must not copy it
     n = len(points)
-    if isinstance(k, bool) or not isinstance(k, (Integral, torch.SymInt)):
+    if isinstance(k, bool) or not isinstance(k, _arrays.INTEGRAL):
         raise TypeError(f"{op}: k must be an int; got {type(k).__name__}")
     if not 1 <= k <= n:
         raise ValueError(f"{op}: k must be in [1, N]; got k={k} with N={n}")
@@ -249,9 +248,9 @@ def _self_rows(op: str, self_index, queries: Tensor, n: int) -> Tensor:
 def _bandwidth_rows(op: str, bandwidth, queries: Tensor) -> Tensor:
     """(Q,) in the dtype of the answers."""
     dtype = _answer_dtype(queries)
-    if isinstance(bandwidth, Real) and not isinstance(bandwidth, bool):
-        limits = torch.finfo(dtype)
-        if not limits.tiny <= bandwidth <= limits.max:
+    if isinstance(bandwidth, _arrays.REAL) and not isinstance(bandwidth, bool):
+        tiny, most = _arrays.LIMITS[dtype]
+        if not tiny <= bandwidth <= most:
             raise ValueError(f"{op}: bandwidth must be positive and finite in {dtype}; got {bandwidth}")
         return torch.full((len(queries),), float(bandwidth), dtype=dtype, device=queries.device)
     try:
@@ -264,13 +263,13 @@ def _bandwidth_rows(op: str, bandwidth, queries: Tensor) -> Tensor:
         raise TypeError(f"{op}: bandwidth must be in a floating-point dtype; got {h.dtype}")
     if h.device != queries.device and h.dim() == 1:
         raise ValueError(f"{op}: expected bandwidth on the device of the queries, {queries.device}; got {h.device}")
-    limits, cast = torch.finfo(dtype), h.to(dtype)
+    (tiny, most), cast = _arrays.LIMITS[dtype], h.to(dtype)
 
     def error() -> ValueError:
-        valid = (cast >= limits.tiny) & torch.isfinite(cast)
+        valid = (cast >= tiny) & torch.isfinite(cast)
         return ValueError(f"{op}: bandwidth must be positive and finite in {dtype}; got {h[~valid].flatten()[0].item()}")
 
-    _arrays.settle([_arrays.Doubt(cast, limits.tiny, limits.max, error)])
+    _arrays.settle([_arrays.Doubt(cast, tiny, most, error)])
     if h.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(f"{op}: no derivative in bandwidth; pass bandwidth.detach()")
     return (cast if cast.dim() else cast.to(queries.device).expand(len(queries))).contiguous()

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ def pairwise_sqdist(x, y=None) -> Tensor:
     op, kind = "pairwise_sqdist", _arrays.in_kind(x)
     x = _rows(op, "x", x)
     x, y = (x, x) if y is None else _partners(op, "x", x, "y", y)
-    return kind(torch.ops.ltkernels.pair_sqdist(x, y))
+    return kind(backends.call("pair_sqdist", x, y))
 
 
 def pcl_loss(
@@ -120,11 +119,11 @@ def pcl_loss(
         _warn_underflow(elements)
 
     learns = lambda x: x is not None and x.requires_grad and torch.is_grad_enabled()  # noqa: E731
-    total, pairs, *_ = torch.ops.ltkernels.pcl(
-        mu, labels, group, weight, margin, other, other_labels, other_group, PCL_FORMS.index(form),
-        1 / elements if distance == "mean" else 1.0, learns(mu), learns(other),
+    loss, *_ = backends.call(
+        "pcl", mu, labels, group, weight, margin, other, other_labels, other_group, PCL_FORMS.index(form),
+        1 / elements if distance == "mean" else 1.0, learns(mu), learns(other), reduction == "mean",
     )  # fmt: skip
-    return kind(total / pairs.clamp(min=1) if reduction == "mean" else total)
+    return kind(loss)
 
 
 _warned = False
@@ -145,7 +144,7 @@ def _warn_underflow(elements: int) -> None:
 def _rows(op: str, name: str, value) -> Tensor:
     """(rows, elements)"""
     value = _arrays.tensor(op, name, value)
-    if value.dim() < 2 or math.prod(value.shape[1:]) == 0:
+    if value.dim() < 2 or value.numel() == 0 and math.prod(value.shape[1:]) == 0:
         raise ValueError(f"{op}: expected {name} of shape (rows, ...) with at least one element a row; got {tuple(value.shape)}")
     if value.dtype not in _arrays.FLOATS:
         raise TypeError(f"{op}: expected {name} in float16, bfloat16, float32 or float64; got {value.dtype}")
@@ -181,8 +180,8 @@ def _integers(op: str, name: str, value, like: Tensor) -> Tensor:
 def _per_row(op: str, name: str, value, mu: Tensor) -> Tensor:
     """(B,) finite, in the dtype of the answer."""
     dtype = _answer_dtype(mu)
-    if isinstance(value, Real) and not isinstance(value, bool):
-        if not abs(value) <= torch.finfo(dtype).max:
+    if isinstance(value, _arrays.REAL) and not isinstance(value, bool):
+        if not abs(value) <= _arrays.LIMITS[dtype][1]:
             raise ValueError(f"{op}: {name} must be finite in {dtype}; got {value}")
         return torch.full((len(mu),), float(value), dtype=dtype, device=mu.device)
     value = _arrays.tensor(op, name, value)
@@ -194,7 +193,7 @@ def _per_row(op: str, name: str, value, mu: Tensor) -> Tensor:
         raise ValueError(f"{op}: expected {name} on the device of mu, {mu.device}; got {value.device}")
     _refuse_tangent(op, value)
     value = value.to(device=mu.device, dtype=dtype)
-    most = torch.finfo(dtype).max
+    most = _arrays.LIMITS[dtype][1]
 
     def error() -> ValueError:
         return ValueError(f"{op}: {name} must be finite in {dtype}; got {value.detach()[~torch.isfinite(value)].flatten()[0].item()}")
@@ -224,8 +223,8 @@ def _(mu, labels, group, weight, margin, other, other_labels, other_group, form,
 
 @torch.library.register_fake("ltkernels::pcl")
 def _(mu, labels, group, weight, margin, other, *rest):
-    row, pairs, *more = torch.ops.ltkernels.pcl_rows(mu, labels, group, weight, margin, other, *rest)
-    return row.new_empty(()), pairs.new_empty(()), row, *more
+    row, _, *more = torch.ops.ltkernels.pcl_rows(mu, labels, group, weight, margin, other, *rest[:-1])
+    return row.new_empty(()), row.new_empty(()), row, *more
 
 
 @torch.library.register_fake("ltkernels::pcl_scaled")
@@ -249,19 +248,21 @@ def _backward_sqdist(ctx, grad):
 def _setup_pcl(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:8], *output[2:4])
-    ctx.form_and_scale, ctx.made, ctx.grads = inputs[8:10], inputs[10:], output[4:]
+    ctx.save_for_backward(*inputs[:8], *output[1:4])
+    ctx.form_and_scale, ctx.made, ctx.mean, ctx.grads = inputs[8:10], inputs[10:12], inputs[12], output[4:]
 
 
 def _backward_pcl(ctx, factor, *_):
-    *tensors, row, active = ctx.saved_tensors
+    *tensors, divisor, row, active = ctx.saved_tensors
     mu, weight, margin, other = tensors[0], tensors[3], tensors[4], tensors[5]
     if factor is None:
-        return (None,) * 12
+        return (None,) * 13
+    factor = factor / divisor
     need, grads = ctx.needs_input_grad, ctx.grads
     asked = need[0], need[5]
     if any(asked) and (grads is None or any(ask and not made for ask, made in zip(asked, ctx.made, strict=True))):
-        grads = torch.ops.ltkernels.pcl(*tensors, *ctx.form_and_scale, *asked)[4:]  # given away before; or vmap hid that they are needed
+        # given away before; or vmap hid that they are needed
+        grads = torch.ops.ltkernels.pcl(*tensors, *ctx.form_and_scale, *asked, ctx.mean)[4:]
     scaled = torch.ops.ltkernels.pcl_scaled
     if any(asked) and not torch.is_grad_enabled() and type(grads[0]) is Tensor:  # no compiler's stand-in for one
         ctx.grads = None  # nobody else holds them, and a product of their size would double the memory
@@ -270,7 +271,7 @@ def _backward_pcl(ctx, factor, *_):
         scaled(grads[0], factor, mu) if need[0] else None, None, None,
         torch.ops.ltkernels.pcl_scaled(row, factor, weight) if need[3] else None,
         torch.ops.ltkernels.pcl_scaled(active * weight.detach(), factor, margin) if need[4] else None,
-        scaled(grads[1], factor, other) if need[5] else None, *(None,) * 6,
+        scaled(grads[1], factor, other) if need[5] else None, *(None,) * 7,
     )  # fmt: skip
 
 

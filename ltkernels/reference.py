@@ -226,6 +226,29 @@ def psel_mix(weight: Tensor, clean: Tensor) -> Tensor:
 
 
 # The three that follow run on every backend: they are made of the ops psel and psel_mix, a few rows at a time.
+GATES = ("full", "t2h", "h2t")
+
+
+def score_select(
+    x: Tensor, clean: Tensor, scale: Tensor, std: Tensor, log_prior: Tensor | None, seed: Tensor, row_offset: int, own: Tensor | None,
+    counts: Tensor | None, labels: Tensor | None, self_labels: Tensor | None, gate: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """index (B,), whether it is another than own (B,) (None: i), and the logsumexp (B,): what the backend's `psel_sample` draws, where the
+    gate lets it move there, else own. GATES[gate] compares counts (C,) of the class of the row drawn with that of row i, which is
+    self_labels[i] or labels[own[i]].   (001: Alg. 1)"""
+    index, log_normalizer = torch.ops.ltkernels.psel_sample(x, clean, scale, std, log_prior, seed, row_offset)
+    if own is None:
+        own = torch.arange(len(x), device=x.device)
+    kept = index >= 0
+    if counts is not None:
+        there = counts[labels]
+        here = there[own] if self_labels is None else counts[self_labels]
+        drawn = there[index]  # of any row where the index is -1
+        kept = kept & (drawn >= here if GATES[gate] == "t2h" else drawn <= here)
+    index = torch.where(kept, index, own)
+    return index, index != own, log_normalizer
+
+
 _MIX_CHUNK = 1 << 22  # elements of p, or of the answer, held at a time: 16 MB in float32
 
 
@@ -407,10 +430,13 @@ def _pcl_term(form: int, d: Tensor, margin: Tensor | None) -> tuple[Tensor, Tens
 def pcl(
     mu: Tensor, labels: Tensor, group: Tensor | None, weight: Tensor, *rest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """sum_i weight_i row_i (), the number of pairs (), and what else the backend's `pcl_rows` answers."""
+    """sum_i weight_i row_i / divisor (), the divisor (), the number of pairs or 1 if `mean`, else 1, and what else the backend's `pcl_rows`
+    answers, of which the gradients are those of the sum."""
+    *rest, mean = rest
     row, pairs, active, mu_grad, partner_grad = torch.ops.ltkernels.pcl_rows(mu, labels, group, weight, *rest)
     total = _row_sums((weight * row).unsqueeze(0)).squeeze() if len(row) else row.new_zeros(())
-    return total, pairs.sum(), row, active, mu_grad, partner_grad
+    divisor = pairs.sum().clamp(min=1).to(total.dtype) if mean else torch.ones_like(total)
+    return total / divisor, divisor, row, active, mu_grad, partner_grad
 
 
 def pcl_scaled(grad: Tensor, factor: Tensor, source: Tensor) -> Tensor:

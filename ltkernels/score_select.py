@@ -1,7 +1,6 @@
 """The Gaussian-kernel softmax over clean samples: probabilities, a draw from it, its mean, and the training target that follows."""
 
 import math
-from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 from . import _arrays, backends
 from .bank import Bank
 from .knn_kde import _answer_dtype, _has_tangent
+from .reference import GATES
 
-_GATES = ("full", "t2h", "h2t")
 _PREDICTIONS = ("epsilon", "v", "x0", "flow")
 
 
@@ -53,7 +52,7 @@ def p_sel(x_t, clean, scale, std, *, log_prior=None) -> Tensor:
     """
     op, kind = "p_sel", _arrays.in_kind(x_t)
     x, points, scale, std, log_prior = _checked(op, x_t, clean, scale, std, log_prior)
-    return kind(torch.ops.ltkernels.psel(x.flatten(1), points.flatten(1), scale, std, log_prior)[0])
+    return kind(backends.call("psel", x.flatten(1), points.flatten(1), scale, std, log_prior)[0])
 
 
 def posterior_mean(x_t, clean, scale, std, *, log_prior=None) -> Tensor:
@@ -68,10 +67,11 @@ def posterior_mean(x_t, clean, scale, std, *, log_prior=None) -> Tensor:
         >>> denoised = posterior_mean(x0 + 2 * torch.randn_like(x0), x0, 1.0, 2.0)
     """
     op, kind = "posterior_mean", _arrays.in_kind(x_t)
-    given = _arrays.tensor(op, "x_t", x_t).dtype
-    x, points, scale, std, log_prior = _checked(op, x_t, clean, scale, std, log_prior)
-    mean, _ = torch.ops.ltkernels.psel_mean(x.flatten(1), points.flatten(1), scale, std, log_prior)
-    return kind(mean.reshape(x.shape).to(given))
+    noisy = _arrays.tensor(op, "x_t", x_t)
+    x, points, scale, std, log_prior = _checked(op, noisy, clean, scale, std, log_prior)
+    mean, _ = backends.call("psel_mean", x.flatten(1), points.flatten(1), scale, std, log_prior)
+    mean = mean if mean.shape == x.shape else mean.reshape(x.shape)
+    return kind(mean.to(noisy.dtype))
 
 
 def score_select(
@@ -109,30 +109,24 @@ def score_select(
         >>> target = x0[chosen.index]
     """
     op = "score_select"
-    if gate not in _GATES:
-        raise ValueError(f"{op}: gate must be one of {', '.join(_GATES)}; got {gate!r}")
+    if gate not in GATES:
+        raise ValueError(f"{op}: gate must be one of {', '.join(GATES)}; got {gate!r}")
     kind = _arrays.in_kind(x_t)
     doubts = []
     x, points, scale, std, log_prior = _checked(op, x_t, clean, scale, std, log_prior, doubts=doubts)
-    own = _own_rows(op, self_index, len(x), len(points), x.device, gate, doubts)
-    classes = None if gate == "full" else _classes(op, gate, labels, class_counts, self_labels, len(x), len(points), x.device, doubts)
+    b, k, device = x.shape[0], points.shape[0], x.device
+    own = _own_rows(op, self_index, b, k, device, gate, doubts)
+    classes = None, None, None
+    if gate != "full":
+        classes = _classes(op, gate, labels, class_counts, self_labels, b, k, device, doubts)
     _arrays.settle(doubts)
-    if isinstance(row_offset, bool) or not isinstance(row_offset, (Integral, torch.SymInt)) or not 0 <= row_offset < 2**63:
+    if isinstance(row_offset, bool) or not isinstance(row_offset, _arrays.INTEGRAL) or not 0 <= row_offset < 2**63:
         raise ValueError(f"{op}: row_offset must be an int in [0, 2^63); got {row_offset!r}")
-    if classes is not None:
-        counts, labels, self_labels = classes
-        there = counts[labels]
-        here = there[own] if self_labels is None else counts[self_labels]
-    with torch.no_grad():
-        index, log_normalizer = torch.ops.ltkernels.psel_sample(
-            x.flatten(1), points.flatten(1), scale, std, log_prior, _seed(op, seed, x.device), row_offset
-        )
-        kept = index >= 0
-        if classes is not None:
-            drawn = there[index]  # of any row where the index is -1
-            kept = kept & (drawn >= here if gate == "t2h" else drawn <= here)
-        index = torch.where(kept, index, own)
-    return ScoreSelection(kind(index), kind(index != own), kind(log_normalizer))
+    index, moved, log_normalizer = backends.call(
+        "score_select", x.flatten(1), points.flatten(1), scale, std, log_prior, _seed(op, seed, device), row_offset, own, *classes,
+        GATES.index(gate),
+    )  # fmt: skip
+    return ScoreSelection(kind(index), kind(moved), kind(log_normalizer))
 
 
 def denoising_target(x_t, x0, scale, std, *, prediction: str = "epsilon") -> Tensor:
@@ -179,9 +173,9 @@ def _checked(
             log_prior = clean.log_weight
         clean = clean.points
     clean = _samples(op, name, clean)
-    if len(clean) == 0 and op != "denoising_target":
+    if clean.shape[0] == 0 and op != "denoising_target":
         raise ValueError(f"{op}: expected clean with at least one row; got shape {tuple(clean.shape)}")
-    if math.prod(x.shape[1:]) != math.prod(clean.shape[1:]):
+    if x.shape[1:] != clean.shape[1:] and math.prod(x.shape[1:]) != math.prod(clean.shape[1:]):
         raise ValueError(f"{op}: expected x_t and {name} with as many elements a row; got {tuple(x.shape)} and {tuple(clean.shape)}")
     if x.device != clean.device:
         raise ValueError(f"{op}: expected x_t and {name} on one device; got {x.device} and {clean.device}")
@@ -200,7 +194,7 @@ def _checked(
 
 def _samples(op: str, name: str, value) -> Tensor:
     value = _arrays.tensor(op, name, value)
-    if value.dim() < 2 or math.prod(value.shape[1:]) == 0:
+    if value.dim() < 2 or value.numel() == 0 and math.prod(value.shape[1:]) == 0:
         raise ValueError(f"{op}: expected {name} of shape (rows, ...) with at least one element a row; got {tuple(value.shape)}")
     if value.dtype not in _arrays.FLOATS:
         raise TypeError(f"{op}: expected {name} in float16, bfloat16, float32 or float64; got {value.dtype}")
@@ -215,11 +209,11 @@ def _refuse_tangent(op: str, value: Tensor) -> None:
 
 def _coefficient(op: str, name: str, value, x: Tensor, dtype: torch.dtype, doubts: list) -> Tensor:
     rows = x.shape[0]
-    if isinstance(value, Real) and not isinstance(value, bool):  # the loops of training and sampling: no tensor has to be read back
-        limits = torch.finfo(dtype)
-        if not abs(value) <= limits.max:
+    if isinstance(value, _arrays.REAL) and not isinstance(value, bool):  # the loops of training and sampling: no tensor has to be read back
+        tiny, most = _arrays.LIMITS[dtype]
+        if not abs(value) <= most:
             raise ValueError(f"{op}: {name} must be finite in {dtype}; got {value}")
-        if name == "std" and not value >= limits.tiny:
+        if name == "std" and not value >= tiny:
             raise ValueError(f"{op}: std must be positive in {dtype}; got {value}")
         return torch.full((rows,), float(value), dtype=dtype, device=x.device)
     value = _arrays.tensor(op, name, value)
@@ -234,14 +228,14 @@ def _coefficient(op: str, name: str, value, x: Tensor, dtype: torch.dtype, doubt
         raise ValueError(f"{op}: expected {name} on the device of x_t, {x.device}; got {value.device}")
     _refuse_tangent(op, value)
     value = value.to(device=x.device, dtype=dtype)
-    limits = torch.finfo(dtype)
+    tiny, most = _arrays.LIMITS[dtype]
 
     def error() -> ValueError:
         finite = torch.isfinite(value)
-        wanted, kept = ("positive", finite & (value >= limits.tiny)) if finite.all() else ("finite", finite)
+        wanted, kept = ("positive", finite & (value >= tiny)) if finite.all() else ("finite", finite)
         return ValueError(f"{op}: {name} must be {wanted} in {dtype}; got {value.detach()[~kept][0].item()}")
 
-    doubts.append(_arrays.Doubt(value, limits.tiny if name == "std" else -limits.max, limits.max, error))
+    doubts.append(_arrays.Doubt(value, tiny if name == "std" else -most, most, error))
     return (value if value.dim() else value.expand(rows)).contiguous()
 
 
@@ -259,7 +253,7 @@ def _log_prior(op: str, log_prior, clean: Tensor, dtype: torch.dtype, doubts: li
     def error() -> ValueError:
         return ValueError(f"{op}: log_prior must be below infinity in {dtype}; got {log_prior.detach()[~(cast < math.inf)][0].item()}")
 
-    doubts.append(_arrays.Doubt(cast, -math.inf, torch.finfo(dtype).max, error))
+    doubts.append(_arrays.Doubt(cast, -math.inf, _arrays.LIMITS[dtype][1], error))
     return cast.contiguous()
 
 
@@ -278,10 +272,11 @@ def _integers(op: str, name: str, value, length: int, device: torch.device, low:
     return value
 
 
-def _own_rows(op: str, self_index, rows: int, k: int, device: torch.device, gate: str, doubts: list) -> Tensor:
+def _own_rows(op: str, self_index, rows: int, k: int, device: torch.device, gate: str, doubts: list) -> Tensor | None:
+    """None: row i."""
     if self_index is None or self_index is True:
         if rows == k:
-            return torch.arange(rows, device=device)
+            return None
         if self_index is True:
             raise ValueError(f"{op}: self_index=True needs as many noisy as clean rows; got B={rows} and K={k}")
         if gate == "full":
@@ -300,7 +295,7 @@ def _classes(
     counts = _arrays.tensor(op, "class_counts", torch.tensor(class_counts) if _is_list_of_numbers(class_counts) else class_counts)
     if counts.dim() != 1 or len(counts) == 0 or counts.is_complex():
         raise ValueError(f"{op}: expected class_counts of shape (C,), the rows of each class; got shape {tuple(counts.shape)}")
-    counts = counts.to(device)
+    counts = counts.to(device, torch.float64)
     doubts.append(_arrays.Doubt(counts, 0, math.inf, lambda: ValueError(f"{op}: class_counts must be >= 0; got {counts.min().item()}")))
     labels = _integers(op, "labels", labels, k, device, 0, len(counts), doubts)
     if self_labels is not None:
@@ -309,13 +304,13 @@ def _classes(
 
 
 def _is_list_of_numbers(value) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(x, Real) for x in value)
+    return isinstance(value, list | tuple) and all(isinstance(x, _arrays.REAL) for x in value)
 
 
 def _seed(op: str, seed, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
-    if isinstance(seed, Integral) and not isinstance(seed, bool):
+    if isinstance(seed, _arrays.INTEGRAL) and not isinstance(seed, bool):
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"{op}: seed must fit 64 bits; got {seed}")
         return torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)  # nothing to copy
@@ -333,6 +328,12 @@ def _(x, clean, scale, std, log_prior):
 @torch.library.register_fake("ltkernels::psel_sample")
 def _(x, clean, scale, std, log_prior, seed, row_offset):
     return torch.empty_like(scale, dtype=torch.int64), torch.empty_like(scale)
+
+
+@torch.library.register_fake("ltkernels::score_select")
+def _(x, clean, scale, *rest):
+    index = torch.empty_like(scale, dtype=torch.int64)
+    return index, torch.empty_like(scale, dtype=torch.bool), torch.empty_like(scale)
 
 
 @torch.library.register_fake("ltkernels::psel_mix")
@@ -400,6 +401,9 @@ def _backward_psel_mean(ctx, grad_mean, _):
 
 backends.register_autograd("psel", _backward_psel, setup_context=_setup_psel)
 backends.register_autograd("psel_mean", _backward_psel_mean, setup_context=_setup_psel_mean)
+backends.register_autograd(
+    "score_select", lambda ctx, *grads: None, setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(*output)
+)
 backends.register_no_second("psel_backward", "p_sel")
 backends.register_no_second("psel_mean_backward", "posterior_mean")
 backends.register_no_second("psel_sample", "score_select")

@@ -593,9 +593,9 @@ def test_opcheck(rows, requires_grad, backend, device):
     weight, margin = (torch.rand(rows, device=device, requires_grad=requires_grad) for _ in range(2))
     torch.library.opcheck(OPS.pair_sqdist.default, (mu, other))
     torch.library.opcheck(OPS.pair_sqdist.default, (mu, mu))
-    torch.library.opcheck(OPS.pcl.default, (mu, labels, labels, weight, None, None, None, None, 0, 0.2, requires_grad, False))
+    torch.library.opcheck(OPS.pcl.default, (mu, labels, labels, weight, None, None, None, None, 0, 0.2, requires_grad, False, True))
     among = (mu, labels, labels, weight, margin, other, other_labels, other_labels, 2, 0.2, requires_grad, requires_grad)
-    torch.library.opcheck(OPS.pcl.default, among)
+    torch.library.opcheck(OPS.pcl.default, (*among, True))
     plain = [value.detach() if isinstance(value, torch.Tensor) else value for value in among]
     torch.library.opcheck(OPS.pcl_rows.default, plain)
     torch.library.opcheck(OPS.pcl_rows.default, (*plain[:4], None, None, None, None, 1, 1.0, True, False))

@@ -167,7 +167,7 @@ def scaled_p(answer, _):
 
 
 def wrong_normaliser(answer, _):
-    answer[1] += 2e-3
+    answer[2] += 2e-3
     return answer
 
 
@@ -184,13 +184,13 @@ def no_refusal(answer, _):
 @pytest.mark.parametrize(
     "op, change, output",
     [
-        ("psel", scaled_p, "p"), ("psel", from_another_call, "bits"), ("psel_sample", wrong_normaliser, "log_normalizer"),
-        ("psel_sample", another_sample, "index"), ("psel_sample", no_refusal, "index"),
+        ("psel", scaled_p, "p"), ("psel", from_another_call, "bits"), ("score_select", wrong_normaliser, "log_normalizer"),
+        ("score_select", another_sample, "index"), ("score_select", no_refusal, "index"),
     ],  # fmt: skip
 )
 def test_a_wrong_selection_is_a_miss(op, change, output, few_cases, monkeypatch):
     perturb(monkeypatch, op, change)
-    public = backends._PUBLIC_NAMES[op]
+    public = backends._PUBLIC_NAMES.get(op, op)
     assert f"{output} in " in selftest.test(CPU, "cpu", public, torch.float32)["verdict"]
     assert selftest.test(CPU, "cpu", "knn", torch.float32)["verdict"] == "ok"
 
@@ -237,7 +237,7 @@ def wrong_row(answer, _):
     return answer
 
 
-def another_pair(answer, _):
+def another_divisor(answer, _):
     answer[1] += 1
     return answer
 
@@ -265,7 +265,7 @@ def no_broken_gradient(answer, _):
 @pytest.mark.parametrize(
     "change, output",
     [
-        (wrong_total, "loss"), (wrong_row, "weight grad"), (another_pair, "loss"), (another_active_pair, "margin grad"),
+        (wrong_total, "loss"), (wrong_row, "weight grad"), (another_divisor, "mu grad"), (another_active_pair, "margin grad"),
         (turned_gradient, "mu grad"), (one_gradient_less, "other grad"), (no_broken_gradient, "mu grad"), (from_another_call, "bits"),
     ],  # fmt: skip
 )

@@ -488,20 +488,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pcl_cpu(const Tensor&
                                                                    const Tensor& weight, const OptionalTensor& margin,
                                                                    const OptionalTensor& other, const OptionalTensor& other_labels,
                                                                    const OptionalTensor& other_group, int64_t form, double scale,
-                                                                   bool grad, bool other_grad) {
+                                                                   bool grad, bool other_grad, bool mean) {
   auto [row, pairs, active, mu_grad, partner_grad] =
       pcl_rows_cpu(mu, labels, group, weight, margin, other, other_labels, other_group, form, scale, grad, other_grad);
-  Tensor total = empty(weight.scalar_type(), {}), count = empty(ScalarType::Long, {});
+  Tensor loss = empty(weight.scalar_type(), {}), divisor = empty(weight.scalar_type(), {});
   const auto* counts = data<int64_t>(pairs);
-  *written<int64_t>(count, true) = std::accumulate(counts, counts + pairs.size(0), int64_t{0});
+  const double count = mean ? std::max<int64_t>(1, std::accumulate(counts, counts + pairs.size(0), int64_t{0})) : 1;
   const auto add = [&](auto zero) {
     using W = decltype(zero);
     const W *weights = data<W>(weight), *rows = data<W>(row);
-    *written<W>(total, true) = static_cast<W>(std::inner_product(weights, weights + row.size(0), rows, 0.0, std::plus<>(),
-                                                                 [](W a, W b) { return double(a) * b; }));
+    const double total =
+        std::inner_product(weights, weights + row.size(0), rows, 0.0, std::plus<>(), [](W a, W b) { return double(a) * b; });
+    *written<W>(loss, true) = static_cast<W>(total / count), *written<W>(divisor, true) = static_cast<W>(count);
   };
   weight.scalar_type() == ScalarType::Double ? add(double{}) : add(float{});
-  return {total, count, row, active, mu_grad, partner_grad};
+  return {loss, divisor, row, active, mu_grad, partner_grad};
 }
 
 }  // namespace ltkernels

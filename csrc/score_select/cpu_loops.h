@@ -17,7 +17,7 @@ constexpr int kTileRows = 4, kTileCols = 4;
 constexpr int64_t kMixDepth = 128;     // longest chain of additions in a weighted sum, before the sum of such blocks
 constexpr int kMaxMixRows = 12, kMaxMixCols = 32;
 constexpr int kLanes = 8;              // partial maxima and sums of a chunk
-constexpr int64_t kNoiseBlock = 64;    // columns that get their noise together
+constexpr int64_t kNoiseBlock = 32;    // columns that get their noise together
 
 // ---- distances -----------------------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ LT_INLINE void add_lanes(const W* sums, double* out) {
 }
 
 // ---- one row of logits, kChunk at a time ---------------------------------------------------------------------------
-// Buffers are kChunk long; what is beyond the last column holds -inf, which takes part in nothing.
+// Buffers are `padded` long, a multiple of kNoiseBlock; what is beyond the last column holds -inf, which takes part in nothing.
 
 constexpr double kNone = -std::numeric_limits<double>::infinity();
 
@@ -112,7 +112,7 @@ LT_INLINE double largest(const double* values, int64_t count) {  // count: a mul
 
 // logit = -sqdist / (2 std^2) + prior, -inf where sqdist is not finite; answers the largest.
 template <class W>
-LT_INLINE double make_logits(const double* sqdist, const W* prior, int64_t count, double std, double* logit) {
+LT_INLINE double make_logits(const double* sqdist, const W* prior, int64_t count, int64_t padded, double std, double* logit) {
   const double factor = 0.5 / std / std;  // of a float: never 0 or infinite
   for (int64_t j = 0; j < count; ++j) {
     const double value = std::is_same_v<W, float> ? sqdist[j] * factor : 0.5 * (sqdist[j] / std / std);
@@ -121,17 +121,17 @@ LT_INLINE double make_logits(const double* sqdist, const W* prior, int64_t count
   if (prior != nullptr) {
     for (int64_t j = 0; j < count; ++j) logit[j] += prior[j];
   }
-  for (int64_t j = count; j < kChunk; ++j) logit[j] = kNone;
-  return largest(logit, kChunk);
+  for (int64_t j = count; j < padded; ++j) logit[j] = kNone;
+  return largest(logit, padded);
 }
 
 // weight[j] = exp(logit[j] - top); answers their sum.
 template <class W>
-LT_INLINE double make_weights(const double* logit, double top, W* shifted, W* weight) {
-  for (int64_t j = 0; j < kChunk; ++j) shifted[j] = static_cast<W>(logit[j] - top);
-  for (int64_t j = 0; j < kChunk; ++j) weight[j] = exp_negative(shifted[j]);
+LT_INLINE double make_weights(const double* logit, int64_t padded, double top, W* shifted, W* weight) {
+  for (int64_t j = 0; j < padded; ++j) shifted[j] = static_cast<W>(logit[j] - top);
+  for (int64_t j = 0; j < padded; ++j) weight[j] = exp_negative(shifted[j]);
   double part[2 * kLanes] = {};
-  for (int64_t j = 0; j < kChunk; j += 2 * kLanes) {
+  for (int64_t j = 0; j < padded; j += 2 * kLanes) {
     for (int l = 0; l < 2 * kLanes; ++l) part[l] += weight[j + l];
   }
   for (int half = kLanes; half > 0; half /= 2) {
@@ -204,9 +204,9 @@ struct Best {
 
 // The first of the largest perturbed logits of a chunk. The noise lies in (-2.9, 17.4): what is further below the largest logit
 // than that cannot win, and blocks of such columns are passed over.
-LT_INLINE Best draw(const double* logit, double top, uint64_t seed, uint64_t row, int64_t first) {
+LT_INLINE Best draw(const double* logit, int64_t padded, double top, uint64_t seed, uint64_t row, int64_t first) {
   Best best;
-  for (int64_t block = 0; block < kChunk; block += kNoiseBlock) {
+  for (int64_t block = 0; block < padded; block += kNoiseBlock) {
     if (!(largest(logit + block, kNoiseBlock) >= top - 20.5) || top == kNone) continue;
     float noise[kNoiseBlock];
     double perturbed[kNoiseBlock];
@@ -266,10 +266,10 @@ struct SelectOps {
   int mix_rows, mix_cols;
   void (*squares)(const W* const* x, int rows, const W* const* clean, const W* scale, int64_t vectors, bool accumulate, W* sums);
   void (*add_lanes)(const W* sums, double* out);
-  double (*make_logits)(const double* sqdist, const W* prior, int64_t count, double std, double* logit);
-  double (*make_weights)(const double* logit, double top, W* shifted, W* weight);
+  double (*make_logits)(const double* sqdist, const W* prior, int64_t count, int64_t padded, double std, double* logit);
+  double (*make_weights)(const double* logit, int64_t padded, double top, W* shifted, W* weight);
   void (*finish_weights)(W* p, int64_t count, double shift, double total);
-  Best (*draw)(const double* logit, double top, uint64_t seed, uint64_t row, int64_t first);
+  Best (*draw)(const double* logit, int64_t padded, double top, uint64_t seed, uint64_t row, int64_t first);
   void (*add_product)(const W* a, const W* b, int64_t depth, W* c);
   bool (*widen_finite)(const T* row, int64_t count, W* out);
 };
@@ -284,17 +284,17 @@ struct SelectOps {
       isa::squares<W, BYTES>(x, rows, c, s, n, more, o);                                                               \
     }                                                                                                                  \
     TARGET static void add_lanes(const W* sums, double* out) { isa::add_lanes<W, BYTES>(sums, out); }                  \
-    TARGET static double make_logits(const double* d, const W* prior, int64_t n, double std, double* logit) {          \
-      return isa::make_logits<W>(d, prior, n, std, logit);                                                             \
+    TARGET static double make_logits(const double* d, const W* prior, int64_t n, int64_t all, double std, double* logit) { \
+      return isa::make_logits<W>(d, prior, n, all, std, logit);                                                        \
     }                                                                                                                  \
-    TARGET static double make_weights(const double* logit, double top, W* shifted, W* weight) {                        \
-      return isa::make_weights<W>(logit, top, shifted, weight);                                                        \
+    TARGET static double make_weights(const double* logit, int64_t n, double top, W* shifted, W* weight) {             \
+      return isa::make_weights<W>(logit, n, top, shifted, weight);                                                     \
     }                                                                                                                  \
     TARGET static void finish_weights(W* p, int64_t n, double shift, double total) {                                   \
       isa::finish_weights<W>(p, n, shift, total);                                                                      \
     }                                                                                                                  \
-    TARGET static Best draw(const double* logit, double top, uint64_t seed, uint64_t row, int64_t first) {             \
-      return isa::draw(logit, top, seed, row, first);                                                                  \
+    TARGET static Best draw(const double* logit, int64_t n, double top, uint64_t seed, uint64_t row, int64_t first) {  \
+      return isa::draw(logit, n, top, seed, row, first);                                                               \
     }                                                                                                                  \
     TARGET static void add_product(const W* a, const W* b, int64_t depth, W* c) {                                      \
       isa::add_product<W, BYTES, ROWS, VECTORS>(a, b, depth, c);                                                       \

@@ -91,20 +91,21 @@ class Selection {
     const Range cols{chunk * kChunk, std::min(p_.k, (chunk + 1) * kChunk)};
     distances(w, rows, cols);
     w.logit.resize(kChunk), w.shifted.resize(kChunk), w.weight.resize(kChunk);
+    const int64_t padded = round_up(cols.size(), isa::kNoiseBlock);
     for (int64_t i = 0; i < rows.size(); ++i) {
       const int64_t row = rows.begin + i;
       Part& part = parts[i * chunks_];
       const W* prior = p_.prior ? p_.prior + cols.begin : nullptr;
-      part.top = ops_.make_logits(w.sqdist.data() + i * kChunk, prior, cols.size(), p_.std[row], w.logit.data());
+      part.top = ops_.make_logits(w.sqdist.data() + i * kChunk, prior, cols.size(), padded, p_.std[row], w.logit.data());
       if (part.top == kNone) {
         if (p_.p) std::fill_n(p_.p + row * p_.k + cols.begin, cols.size(), static_cast<W>(kNone));
         continue;
       }
-      part.sum = ops_.make_weights(w.logit.data(), part.top, w.shifted.data(), w.weight.data());
+      part.sum = ops_.make_weights(w.logit.data(), padded, part.top, w.shifted.data(), w.weight.data());
       if (p_.p) {
         std::copy_n(w.shifted.data(), cols.size(), p_.p + row * p_.k + cols.begin);
       } else {
-        part.best = ops_.draw(w.logit.data(), part.top, p_.seed, p_.row_offset + row, cols.begin);
+        part.best = ops_.draw(w.logit.data(), padded, part.top, p_.seed, p_.row_offset + row, cols.begin);
       }
     }
   }
@@ -423,6 +424,49 @@ std::tuple<Tensor, Tensor> psel_sample_cpu(const Tensor& x, const Tensor& clean,
     select<decltype(zero)>(in, nullptr, &seed, row_offset, &index, log_normalizer);
   });
   return {index, log_normalizer};
+}
+
+std::tuple<Tensor, Tensor, Tensor> score_select_cpu(const Tensor& x, const Tensor& clean, const Tensor& scale, const Tensor& std,
+                                                    const std::optional<Tensor>& log_prior, const Tensor& seed, int64_t row_offset,
+                                                    const std::optional<Tensor>& own, const std::optional<Tensor>& counts,
+                                                    const std::optional<Tensor>& labels, const std::optional<Tensor>& self_labels,
+                                                    int64_t gate) {
+  const char* op = "score_select";
+  auto [index, log_normalizer] = psel_sample_cpu(x, clean, scale, std, log_prior, seed, row_offset);
+  const int64_t b = x.size(0), k = clean.size(0), classes = counts ? counts->size(0) : 0;
+  LT_CHECK(gate >= 0 && gate <= 2, op, "gate must be 0, 1 or 2; got ", gate);
+  LT_CHECK(counts.has_value() == (gate != 0) && labels.has_value() == (gate != 0), op, "gates 1 and 2 need counts and labels");
+  if (own) check_vector(op, "own", *own, b, ScalarType::Long);
+  if (gate != 0) {
+    check_vector(op, "counts", *counts, classes, ScalarType::Double);
+    check_vector(op, "labels", *labels, k, ScalarType::Long);
+  }
+  if (self_labels) check_vector(op, "self_labels", *self_labels, b, ScalarType::Long);
+  Tensor moved = empty(ScalarType::Bool, {b});
+  auto* chosen = static_cast<int64_t*>(index.mutable_data_ptr());
+  auto* elsewhere = static_cast<bool*>(moved.mutable_data_ptr());
+  const auto rows_of_class = [&](const std::optional<Tensor>& labels) {  // in the training set
+    std::vector<double> rows;
+    for (int64_t i = 0; labels && gate != 0 && i < labels->size(0); ++i) {
+      const int64_t label = data<int64_t>(*labels)[i];
+      LT_CHECK(label >= 0 && label < classes, op, "labels must be in [0, ", classes, "); got ", label);
+      rows.push_back(data<double>(*counts)[label]);
+    }
+    return rows;
+  };
+  const std::vector<double> there = rows_of_class(labels), here = rows_of_class(self_labels);
+  for (int64_t i = 0; i < b; ++i) {
+    const int64_t self = own ? data<int64_t>(*own)[i] : i;
+    bool kept = chosen[i] >= 0;
+    if (kept && gate != 0) {
+      LT_CHECK(self_labels || (self >= 0 && self < k), op, "own must be in [0, ", k, "); got ", self);
+      const double before = self_labels ? here[i] : there[self];
+      kept = gate == 1 ? there[chosen[i]] >= before : there[chosen[i]] <= before;
+    }
+    if (!kept) chosen[i] = self;
+    elsewhere[i] = chosen[i] != self;
+  }
+  return {index, moved, log_normalizer};
 }
 
 std::tuple<Tensor, Tensor> psel_mean_cpu(const Tensor& x, const Tensor& clean, const Tensor& scale, const Tensor& std,
