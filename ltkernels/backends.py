@@ -1,7 +1,8 @@
 """The ops' schemas, which backend answers a call, and why.
 
-Every op exists twice in the dispatcher, with one schema: `ltkernels::op` is what the public functions call, with autograd and fake
-kernels registered beside them, and routes at run time; `ltkernels_native::op` holds the C++ and CUDA kernels of the compiled part.
+Every op exists twice in the dispatcher, with one schema: `ltkernels::op` is what the public functions mean, with autograd and fake kernels
+registered beside it, and routes at run time (`call` leaves the dispatcher out where it can); `ltkernels_native::op` holds the C++ and CUDA
+kernels of the compiled part.
 """
 
 import functools
