@@ -399,48 +399,74 @@ for _op, _kernel in _COMPOSED.items():
     _library_public.impl(_op, _kernel, "CompositeExplicitAutograd")
 
 
-_DIFFERENTIABLE = {}  # the kernels with their derivatives, by op
+class _Plain(NamedTuple):
+    """How an op is called past the dispatcher."""
+
+    tensors: tuple[int, ...]  # places of its tensors
+    kernel: Callable
+    function: type[torch.autograd.Function]
+
+
+_PLAIN: dict[str, _Plain] = {}
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def register_autograd(op: str, backward: Callable, *, setup_context: Callable) -> None:
-    """What torch.library.register_autograd does, in less than half of its time, which on small inputs is most of a call. The backward pass
-    knows the `backend` block of the forward pass: for tensors on a card, autograd runs it in a thread of its own, which no block of the
-    caller's reaches."""
+    """As torch.library.register_autograd, in half of its time, and for `call`. The backward pass knows the `backend` block of the
+    forward pass: for tensors on a card, autograd runs it in a thread of its own, which no block of the caller's reaches."""
     kernel, dispatched = _KERNELS[op], getattr(torch.ops.ltkernels, op).default
+    tensors = tuple(place for place, argument in enumerate(dispatched._schema.arguments) if "Tensor" in str(argument.type))
 
-    def run(*inputs):
-        if type(inputs[0]) is Tensor and not is_in_torch_dispatch_mode():
-            return kernel(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():  # a compiler's stand-in or a mode, which has another kernel for it
+    def below(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
             return dispatched(*inputs)
 
-    class Function(torch.autograd.Function):
-        @staticmethod
+    def function(run: Callable) -> type[torch.autograd.Function]:
         def forward(ctx, *inputs):
             output = run(*inputs)
             ctx.backend = _requested.get()
             setup_context(ctx, inputs, output)
             return output
 
-        @staticmethod
-        def backward(ctx, *grads):
+        def on_the_same_backend(ctx, *grads):
             if ctx.backend is None:
                 return backward(ctx, *grads)
             with backend(ctx.backend):
                 return backward(ctx, *grads)
 
-    places = [place for place, argument in enumerate(dispatched._schema.arguments) if "Tensor" in str(argument.type)]
+        return type(op, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(on_the_same_backend)})
+
+    through = function(below)
 
     def differentiable(*inputs):
-        if torch.is_grad_enabled():
-            for place in places:
-                if inputs[place] is not None and inputs[place].requires_grad:
-                    return Function.apply(*inputs)
-        return run(*inputs)
+        learns = torch.is_grad_enabled() and any(inputs[place] is not None and inputs[place].requires_grad for place in tensors)
+        return through.apply(*inputs) if learns else below(*inputs)
 
-    Function.__name__ = Function.__qualname__ = op  # grad_fn=<knnBackward>
-    _DIFFERENTIABLE[op] = differentiable
     _library_public.impl(op, differentiable, "Autograd")
+    _PLAIN[op] = _Plain(tensors, kernel, function(kernel))
+
+
+def call(op: str, *inputs):
+    """torch.ops.ltkernels.op(*inputs), past the dispatcher where nothing but the kernel would answer there: it takes 5 to 10 us to hand a
+    dozen arguments to Python and back."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_function_stack()
+        or is_in_torch_dispatch_mode()
+        or inputs[0].is_meta
+    ):
+        return getattr(torch.ops.ltkernels, op)(*inputs)
+    tensors, kernel, function = _PLAIN[op]
+    learns = False
+    for place in tensors:
+        x = inputs[place]
+        if x is not None:
+            if type(x) not in _PLAIN_TYPES:
+                return getattr(torch.ops.ltkernels, op)(*inputs)
+            learns = learns or x.requires_grad
+    return function.apply(*inputs) if learns and torch.is_grad_enabled() else kernel(*inputs)
 
 
 def register_no_second(op: str, name: str) -> None:
@@ -450,11 +476,3 @@ def register_no_second(op: str, name: str) -> None:
         raise NotImplementedError(f"{name}: no second derivatives")
 
     register_autograd(op, backward, setup_context=lambda ctx, inputs, output: None)
-
-
-def call(op: str, *inputs):
-    """torch.ops.ltkernels.op(*inputs), past the dispatcher where nothing but the kernel would answer there: it takes 5 to 10 us to hand a
-    dozen arguments to Python and back."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return getattr(torch.ops.ltkernels, op)(*inputs)
-    return _DIFFERENTIABLE[op](*inputs)

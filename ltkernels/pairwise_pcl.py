@@ -249,7 +249,7 @@ def _setup_pcl(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:8], *output[1:4])
-    ctx.form_and_scale, ctx.made, ctx.mean, ctx.grads = inputs[8:10], inputs[10:12], inputs[12], output[4:]
+    ctx.form_and_scale, ctx.made, ctx.mean, ctx.grads = inputs[8:10], inputs[10:12], inputs[12], [output[4:]]
 
 
 def _backward_pcl(ctx, factor, *_):
@@ -258,15 +258,22 @@ def _backward_pcl(ctx, factor, *_):
     if factor is None:
         return (None,) * 13
     factor = factor / divisor
-    need, grads = ctx.needs_input_grad, ctx.grads
+    need = ctx.needs_input_grad
     asked = need[0], need[5]
-    if any(asked) and (grads is None or any(ask and not made for ask, made in zip(asked, ctx.made, strict=True))):
-        # given away before; or vmap hid that they are needed
-        grads = torch.ops.ltkernels.pcl(*tensors, *ctx.form_and_scale, *asked, ctx.mean)[4:]
     scaled = torch.ops.ltkernels.pcl_scaled
-    if any(asked) and not torch.is_grad_enabled() and type(grads[0]) is Tensor:  # no compiler's stand-in for one
-        ctx.grads = None  # nobody else holds them, and a product of their size would double the memory
-        scaled = lambda grad, factor, source: grad.mul_(factor).to(source.dtype)  # noqa: E731
+    if any(asked):
+        try:
+            grads = ctx.grads.pop()  # one thread has them
+        except IndexError:
+            grads = None
+        if grads is None or any(ask and not made for ask, made in zip(asked, ctx.made, strict=True)):
+            # given away before; or vmap hid that they are needed
+            grads = torch.ops.ltkernels.pcl(*tensors, *ctx.form_and_scale, *asked, ctx.mean)[4:]
+        if not torch.is_grad_enabled() and type(grads[0]) is Tensor:  # no compiler's stand-in for one
+            # nobody else holds them, and a product of their size would double the memory
+            scaled = lambda grad, factor, source: grad.mul_(factor).to(source.dtype)  # noqa: E731
+        else:
+            ctx.grads.append(grads)
     return (
         scaled(grads[0], factor, mu) if need[0] else None, None, None,
         torch.ops.ltkernels.pcl_scaled(row, factor, weight) if need[3] else None,

@@ -258,7 +258,7 @@ def _log_prior(op: str, log_prior, clean: Tensor, dtype: torch.dtype, doubts: li
 
 
 def _integers(op: str, name: str, value, length: int, device: torch.device, low: int, high: int, doubts: list) -> Tensor:
-    """The same tensor: whether it is in [low, high) has to be settled before it is an index."""
+    """Whether it is in [low, high) has to be settled before it is an index."""
     value = _arrays.tensor(op, name, value)
     if value.dtype != torch.int64 or value.shape != (length,):
         raise ValueError(f"{op}: expected {name} as an int64 tensor of shape ({length},); got {value.dtype} of shape {tuple(value.shape)}")
@@ -269,7 +269,7 @@ def _integers(op: str, name: str, value, length: int, device: torch.device, low:
         return ValueError(f"{op}: {name} must be in [{low}, {high}); got {value.min().item()} .. {value.max().item()}")
 
     doubts.append(_arrays.Doubt(value, low, high - 1, error))
-    return value
+    return value.contiguous()
 
 
 def _own_rows(op: str, self_index, rows: int, k: int, device: torch.device, gate: str, doubts: list) -> Tensor | None:
@@ -295,7 +295,7 @@ def _classes(
     counts = _arrays.tensor(op, "class_counts", torch.tensor(class_counts) if _is_list_of_numbers(class_counts) else class_counts)
     if counts.dim() != 1 or len(counts) == 0 or counts.is_complex():
         raise ValueError(f"{op}: expected class_counts of shape (C,), the rows of each class; got shape {tuple(counts.shape)}")
-    counts = counts.to(device, torch.float64)
+    counts = counts.to(device, torch.float64).contiguous()
     doubts.append(_arrays.Doubt(counts, 0, math.inf, lambda: ValueError(f"{op}: class_counts must be >= 0; got {counts.min().item()}")))
     labels = _integers(op, "labels", labels, k, device, 0, len(counts), doubts)
     if self_labels is not None:

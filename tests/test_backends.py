@@ -1,10 +1,13 @@
 """How a call reaches its kernel: `ltkernels.backend` and the backward pass, past the dispatcher and through it, and the ops that C++ has
 whole. Tables of routes: test_selftest.py."""
 
+import sys
 import threading
+import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltkernels
@@ -108,6 +111,73 @@ def test_parameters_and_the_op_itself(op, monkeypatch):
 
 
 @pytest.mark.parametrize("op", CALLS)
+def test_tensors_without_numbers(op):
+    """On the meta device, and of a compiler beside those that it knows the numbers of."""
+    x, y = torch.randn(6, 5), torch.randn(9, 5)
+    expected = CALLS[op](x, y)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    answers = [CALLS[op](x.to("meta"), y.to("meta"))] if op != "pcl" else []  # whose labels are here
+    answers += [CALLS[op](x, fake.from_tensor(y)), CALLS[op](fake.from_tensor(x), y)]
+    for answer in answers:
+        assert answer.shape == expected.shape and answer.dtype == expected.dtype
+    assert isinstance(answers[-1], FakeTensor)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_trace_holds_the_op(op, tmp_path):
+    y = torch.randn(9, 5)
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.ones(5))
+
+        def forward(self, x):
+            return CALLS[op](x * self.factor, y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, on the trace of a script that it no longer recommends
+        traced = torch.jit.trace(Module(), torch.randn(6, 5), check_trace=False)
+        torch.jit.save(traced, tmp_path / "module.pt")
+        loaded = torch.jit.load(tmp_path / "module.pt")
+    x = torch.randn(6, 5)
+    assert f"ltkernels::{op}" in str(loaded.graph) and torch.equal(loaded(x), CALLS[op](x, y))
+
+
+@pytest.mark.parametrize("op", sorted(set(CALLS) - {"score_select"}))
+def test_a_node_of_the_graph_is_named_for_its_op(op):
+    x = torch.randn(6, 5, requires_grad=True)
+    nodes, names = [CALLS[op](x, torch.randn(9, 5)).grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        names.append(node.name())
+        nodes += [below for below, _ in node.next_functions if below is not None]
+    assert f"{op}Backward" in names
+
+
+def test_threads_that_share_a_graph():
+    """The first of its backward passes gets the gradients that were made with the loss, to multiply them where they are."""
+    x = torch.randn(64, 32, requires_grad=True)
+    labels = torch.arange(64) % 5
+    (expected,) = torch.autograd.grad(pcl_loss(x, labels), x)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(200):
+            loss, found = pcl_loss(x, labels), []
+            threads = [
+                threading.Thread(target=lambda: found.append(torch.autograd.grad(loss, x, retain_graph=True)[0])) for _ in range(3)  # noqa: B023
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(found) == 3 and all(torch.equal(grad, expected) for grad in found)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("op", CALLS)
 def test_inference_mode(op):
     x, y = torch.randn(6, 5), torch.randn(9, 5)
     expected = CALLS[op](x, y)
@@ -180,3 +250,13 @@ def test_an_op_that_cpp_has_whole_answers_what_its_parts_do(name):
     for place, (whole, composed) in enumerate(zip(answers, parts, strict=True)):
         assert whole.dtype == composed.dtype
         torch.testing.assert_close(whole, composed, rtol=rounded.get(place, 0), atol=0, equal_nan=True)
+
+
+def test_a_row_to_leave_out_that_the_bank_does_not_have():
+    """Of a compiled call, whose values are not checked: it must not read weights that are not there."""
+    x = torch.randn(20, 4)
+    bank = Bank(x, log_weight=torch.randn(20))
+    compiled = torch.compile(lambda rows: knn_kde_grad(x, bank, 3, bandwidth=1.0, self_index=rows).truncation, backend="eager")
+    for beyond in (20, 10**12):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds|self_index must be below N"):
+            compiled(torch.full((20,), beyond))

@@ -140,6 +140,19 @@ def test_strides(backend, device):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("strided", ["labels", "self_labels", "self_index", "class_counts"])
+def test_strides_of_classes(strided, backend, device):
+    x, clean, scale, std = to(device, *noisy(20, 12))
+    rows = torch.arange(len(x))
+    classes = {"labels": torch.arange(len(clean)) % 3, "self_labels": rows % 2, "self_index": rows + 1}
+    classes = {name: value.to(device) for name, value in classes.items()} | {"class_counts": torch.tensor([9, 5, 1], device=device)}
+    expected = score_select(x, clean, scale, std, gate="t2h", seed=3, **classes)
+    classes[strided] = torch.stack([classes[strided]] * 2, 1)[:, 0]
+    assert not classes[strided].is_contiguous()
+    for a, b in zip(score_select(x, clean, scale, std, gate="t2h", seed=3, **classes), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_bank_as_clean(backend, device):
     x, clean, scale, std = to(device, *noisy(20, 12))
     log_weight = torch.linspace(-2, 2, 20, device=device)

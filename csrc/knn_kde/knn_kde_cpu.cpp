@@ -127,6 +127,9 @@ void truncate(const Tensor& log_density, const Tensor& sqdist, const Tensor& ind
   const auto* h = static_cast<const W*>(bandwidth.const_data_ptr());
   const int64_t* self = data<int64_t>(self_index);
   auto* out = static_cast<W*>(truncation.mutable_data_ptr());
+  for (int64_t i = 0; self && i < q; ++i) {
+    LT_CHECK(self[i] < n, "knn_kde", "self_index must be below N; got ", self[i], " with N=", n);
+  }
   const double wide = std::numeric_limits<double>::epsilon(), eps = std::numeric_limits<W>::epsilon();
   const double rounding = 8 * eps + 2 * wide, log_k = std::log(double(k)), slack = rounding * (1 + log_k) + k * eps;
   const auto [weight, total] = log_weight ? weights(data<W>(log_weight), n) : std::pair{std::vector<double>{}, 0.0};
