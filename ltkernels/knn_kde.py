@@ -185,7 +185,7 @@ def _tensor(x) -> Tensor:
 
 
 def _has_tangent(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return False
     return forward_ad.unpack_dual(x).tangent is not None
 

@@ -56,8 +56,8 @@ class Selection {
   };
 
   struct Worker {
-    AlignedVector<W> x, clean, sums, shifted, weight;
-    AlignedVector<double> sqdist, logit;
+    AlignedVector<W> x, clean, sums;
+    AlignedVector<double> sqdist;
   };
 
  public:
@@ -90,22 +90,23 @@ class Selection {
   void summarise(Worker& w, Range rows, int64_t chunk, Part* parts) const {
     const Range cols{chunk * kChunk, std::min(p_.k, (chunk + 1) * kChunk)};
     distances(w, rows, cols);
-    w.logit.resize(kChunk), w.shifted.resize(kChunk), w.weight.resize(kChunk);
+    alignas(64) double logit[kChunk];
+    alignas(64) W shifted[kChunk], weight[kChunk];
     const int64_t padded = round_up(cols.size(), isa::kNoiseBlock);
     for (int64_t i = 0; i < rows.size(); ++i) {
       const int64_t row = rows.begin + i;
       Part& part = parts[i * chunks_];
       const W* prior = p_.prior ? p_.prior + cols.begin : nullptr;
-      part.top = ops_.make_logits(w.sqdist.data() + i * kChunk, prior, cols.size(), padded, p_.std[row], w.logit.data());
+      part.top = ops_.make_logits(w.sqdist.data() + i * kChunk, prior, cols.size(), padded, p_.std[row], logit);
       if (part.top == kNone) {
         if (p_.p) std::fill_n(p_.p + row * p_.k + cols.begin, cols.size(), static_cast<W>(kNone));
         continue;
       }
-      part.sum = ops_.make_weights(w.logit.data(), padded, part.top, w.shifted.data(), w.weight.data());
+      part.sum = ops_.make_weights(logit, padded, part.top, shifted, weight);
       if (p_.p) {
-        std::copy_n(w.shifted.data(), cols.size(), p_.p + row * p_.k + cols.begin);
+        std::copy_n(shifted, cols.size(), p_.p + row * p_.k + cols.begin);
       } else {
-        part.best = ops_.draw(w.logit.data(), padded, part.top, p_.seed, p_.row_offset + row, cols.begin);
+        part.best = ops_.draw(logit, padded, part.top, p_.seed, p_.row_offset + row, cols.begin);
       }
     }
   }
