@@ -7,6 +7,7 @@
 #include "score_select/score_select.h"
 
 STABLE_TORCH_LIBRARY_IMPL(ltkernels_native, CPU, m) {
+  m.impl("bank_sample", TORCH_BOX(&ltkernels::bank_sample_cpu));
   m.impl("bank_rows", TORCH_BOX(&ltkernels::bank_rows_cpu));
   m.impl("knn", TORCH_BOX(&ltkernels::knn_cpu));
   m.impl("knn_kde", TORCH_BOX(&ltkernels::knn_kde_cpu));

@@ -71,7 +71,11 @@ _library_public = torch.library.Library("ltkernels", "DEF")
 _library_native = torch.library.Library("ltkernels_native", "DEF")
 for _schema in SCHEMAS + WHOLE_SCHEMAS + TORCH_SCHEMAS:
     _library_public.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-for _schema in (*SCHEMAS, *WHOLE_SCHEMAS, "bank_rows(Tensor points, Tensor centre, bool copy) -> (Tensor centred, Tensor sqnorm)"):
+_BANK_SCHEMAS = (
+    "bank_sample(Tensor points, int step) -> Tensor",
+    "bank_rows(Tensor points, Tensor centre, bool copy) -> (Tensor centred, Tensor sqnorm)",
+)
+for _schema in SCHEMAS + WHOLE_SCHEMAS + _BANK_SCHEMAS:
     _library_native.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _library.load()
 _HAS_CPP = _library.HAS_CPP
@@ -370,10 +374,11 @@ def _routed(op: str, whole: str | None = None, composed: Callable | None = None)
 
 def _bank_prepare(points, copy=True):
     """What each search reads of a bank, whichever backend it will be: routes have no say here."""
-    centre = reference.centre(points)
-    compiled = points.device.type == "cpu" and _HAS_CPP
-    rows = torch.ops.ltkernels_native.bank_rows if compiled else reference.bank_rows
-    return centre, *rows(points.contiguous(), centre, copy)
+    native, points = torch.ops.ltkernels_native, points.contiguous()
+    compiled = points.is_cpu and _HAS_CPP
+    step = max(1, len(points) // 1024)
+    centre = reference.centre(native.bank_sample(points, step) if compiled and not copy else points[::step])
+    return centre, *(native.bank_rows if compiled else reference.bank_rows)(points, centre, copy)
 
 
 _ROUTED = {_op: _routed(_op) for _op in _OPERANDS}

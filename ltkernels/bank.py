@@ -18,8 +18,8 @@ class Bank:
     r"""Points to search in, prepared once: a centre, the centred float32 copy and its norms that the filters of the kernels read.
 
     Points in a file (a memmap, a path) stay there: a search streams it, once for each block of its queries, and then reads the rows of the
-    candidates. Fast as long as the system has memory left for the file's pages. A search of a bank in itself keeps up to
-    8 max(3 k, 192) bytes a row, in a file or not.
+    candidates, asking for all of a query's at once: of a file that memory cannot hold it takes what the disk takes. A search of a bank in
+    itself keeps up to 8 max(3 k, 192) bytes a row, in a file or not.
 
     Args:
         points: (N, d) floating-point tensor, NumPy array or memmap, DLPack array, or the path of a .safetensors file with a tensor

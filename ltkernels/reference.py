@@ -23,13 +23,12 @@ def _row_chunks(of: Tensor, cost: int, elements: int = _CHUNK, on_a_card: int = 
     return (slice(i, min(i + step, len(of))) for i in range(0, len(of), step))
 
 
-def centre(points: Tensor) -> Tensor:
-    """(d,) in float32, the median, column by column, of about a thousand rows: any point serves, and one row far away would drag the mean
-    off and loosen every row's error bound."""
-    sample = points[:: max(1, len(points) // 1024)]
+def centre(sample: Tensor) -> Tensor:
+    """(d,) in float32, the median of the rows, column by column: any point serves, and one row far away would drag the mean off and loosen
+    every row's error bound."""
     sample = sample[torch.isfinite(sample).all(1)].float()
     if len(sample) == 0:
-        return points.new_zeros(points.shape[1], dtype=torch.float32)
+        return sample.new_zeros(sample.shape[1], dtype=torch.float32)
     return sample.median(0).values.nan_to_num(posinf=0, neginf=0)  # float64 beyond float32
 
 

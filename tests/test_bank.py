@@ -106,6 +106,13 @@ def test_a_path_is_a_bank_wherever_one_is_expected(dtype, tmp_path):
     assert torch.equal(bank.update(path).points, points + 1) and len(bank.centred) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("n, step", [(5000, 4), (1, 1), (7, 3), (0, 1)])
+def test_a_sample_of_a_file(n, step, dtype):
+    points = torch.randn(n, 3).to(dtype)
+    assert torch.equal(torch.ops.ltkernels_native.bank_sample(points, step), points[::step])
+
+
 def test_a_broken_file_is_named(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     path = tmp_path / "bank.safetensors"

@@ -37,6 +37,7 @@
 
 #include "../common/check.h"
 #include "cpu_cells.h"
+#include "cpu_file.h"
 #include "cpu_isa.h"
 #include "cpu_queues.h"
 
@@ -507,13 +508,14 @@ class Search {
   }
 
   void finish(std::vector<Queues>& queues, Range range) {
+    const ScatteredReads file(p_.points, p_.centred ? 0 : p_.n * p_.d * int64_t(sizeof(T)));
     for_each(divide_up(range.size(), 32), [&](Worker<T>& w, int64_t task) {
       const int64_t end = std::min(range.end, range.begin + task * 32 + 32);
-      for (int64_t position = range.begin + task * 32; position < end; ++position) finish_row(w, queues, position);
+      for (int64_t position = range.begin + task * 32; position < end; ++position) finish_row(w, queues, position, file);
     });
   }
 
-  void finish_row(Worker<T>& w, const std::vector<Queues>& queues, int64_t position) {
+  void finish_row(Worker<T>& w, const std::vector<Queues>& queues, int64_t position, const ScatteredReads& file) {
     const int64_t slot = position - queues[0].first, row = row_at(position);
     const float sqnorm = queues[0].sqnorm[slot];
     if (std::isnan(sqnorm)) return write_undefined(row);
@@ -531,6 +533,7 @@ class Search {
       shortage_ = true;
       return;
     }
+    for (int64_t i = 0; i < count && !p_.centred; ++i) file.fetch(p_.points + merged.id[i] * p_.d, p_.d * sizeof(T));
     rank(w, row, merged, count);
     std::sort(w.ranked.begin(), w.ranked.begin() + p_.k);
     int64_t* index = p_.index + row * p_.k;

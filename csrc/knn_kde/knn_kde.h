@@ -12,6 +12,9 @@ using torch::stable::Tensor;
 // Rows minus centre in float32, (n, d) if `copy` else (0, d), and their squared norms: 0 and +inf for a row with NaN or inf.
 std::tuple<Tensor, Tensor> bank_rows_cpu(const Tensor& points, const Tensor& centre, bool copy);
 
+// Rows 0, step, 2 step, ... of points in a file, which is not read in between.
+Tensor bank_sample_cpu(const Tensor& points, int64_t step);
+
 // `centred`: (n, d), or (0, d) where no copy is kept.
 std::tuple<Tensor, Tensor> knn_cpu(const Tensor& queries, const Tensor& points, const Tensor& centre,
                                    const Tensor& centred, const Tensor& sqnorm, const std::optional<Tensor>& self_index,

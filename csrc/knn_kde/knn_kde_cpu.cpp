@@ -164,6 +164,20 @@ std::tuple<Tensor, Tensor> bank_rows_cpu(const Tensor& points, const Tensor& cen
   return {centred, sqnorm};
 }
 
+Tensor bank_sample_cpu(const Tensor& points, int64_t step) {
+  const char* op = "bank_prepare";
+  LT_CHECK(points.dim() == 2 && step >= 1, op, "points must be a matrix, and step at least 1");
+  check_matrix(op, "points", points, points.size(0), points.size(1), points.scalar_type());
+  const int64_t n = divide_up(points.size(0), step), bytes = points.size(1) * int64_t(points.element_size());
+  Tensor sample = empty(points.scalar_type(), {n, points.size(1)});
+  const char* rows = static_cast<const char*>(points.const_data_ptr());
+  char* out = static_cast<char*>(sample.mutable_data_ptr());
+  const ScatteredReads file(rows, points.size(0) * bytes);
+  for (int64_t i = 0; i < n; ++i) file.fetch(rows + i * step * bytes, bytes);
+  for (int64_t i = 0; i < n; ++i) std::copy_n(rows + i * step * bytes, bytes, out + i * bytes);
+  return sample;
+}
+
 std::tuple<Tensor, Tensor> knn_cpu(const Tensor& queries, const Tensor& points, const Tensor& centre,
                                    const Tensor& centred, const Tensor& sqnorm, const std::optional<Tensor>& self_index,
                                    const std::optional<Tensor>& bound, int64_t k) {
