@@ -12,7 +12,7 @@ from torch import Tensor
 REAL = (float, int, Real)  # the usual ones first: to ask an abstract class takes .3 us
 INTEGRAL = (int, Integral, torch.SymInt)
 LIMITS = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}  # of positive numbers
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def tensor(op: str, name: str, value) -> Tensor:

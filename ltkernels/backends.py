@@ -413,7 +413,6 @@ class _Plain(NamedTuple):
 
 
 _PLAIN: dict[str, _Plain] = {}
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def register_autograd(op: str, backward: Callable, *, setup_context: Callable) -> None:
@@ -467,10 +466,10 @@ def call(op: str, *inputs):
     learns = False
     for place in tensors:
         x = inputs[place]
-        if x is not None:
-            if type(x) not in _PLAIN_TYPES:
-                return getattr(torch.ops.ltkernels, op)(*inputs)
+        if type(x) is Tensor or type(x) is torch.nn.Parameter:
             learns = learns or x.requires_grad
+        elif x is not None:
+            return getattr(torch.ops.ltkernels, op)(*inputs)
     return function.apply(*inputs) if learns and torch.is_grad_enabled() else kernel(*inputs)
 
 

@@ -17,7 +17,7 @@ constexpr int kTileRows = 4, kTileCols = 4;
 constexpr int64_t kMixDepth = 128;     // longest chain of additions in a weighted sum, before the sum of such blocks
 constexpr int kMaxMixRows = 12, kMaxMixCols = 32;
 constexpr int kLanes = 8;              // partial maxima and sums of a chunk
-constexpr int64_t kNoiseBlock = 32;    // columns that get their noise together
+constexpr int64_t kNoiseBlock = 32;    // columns that get their noise together; 16 take 5 % longer, 64 twice as long where K is small
 
 // ---- distances -----------------------------------------------------------------------------------------------------
 
