@@ -147,10 +147,11 @@ def test_a_trace_holds_the_op(op, tmp_path):
 @pytest.mark.parametrize("op", sorted(set(CALLS) - {"score_select"}))
 def test_a_node_of_the_graph_is_named_for_its_op(op):
     x = torch.randn(6, 5, requires_grad=True)
-    nodes, names = [CALLS[op](x, torch.randn(9, 5)).grad_fn], []
+    answer = CALLS[op](x, torch.randn(9, 5))  # as long as it is there, so is its graph
+    nodes, names = [answer.grad_fn], []
     while nodes:
         node = nodes.pop()
-        names.append(type(node).__name__)
+        names.append(node.name())
         nodes += [below for below, _ in node.next_functions if below is not None]
     assert f"{op}Backward" in names
 
