@@ -2,21 +2,17 @@
 #include "knn_kde.h"
 
 #include "../common/check.h"
+#include "../common/cpu_tensor.h"
 #include "cpu_search.h"
 
 namespace ltkernels {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 struct Inputs {
   const Tensor &queries, &points, &centre, &centred, &sqnorm;
   const std::optional<Tensor>&self_index, &bound;
   int64_t k;
 };
-
-ScalarType result_type(ScalarType input) { return input == ScalarType::Double ? input : ScalarType::Float; }
 
 void check(const char* op, const Inputs& in) {
   LT_CHECK(in.queries.dim() == 2 && in.points.dim() == 2, op, "queries and points must be matrices");
@@ -54,22 +50,6 @@ void centre_rows(const Tensor& points, const Tensor& centre, Tensor& centred, Te
       norm[i] = kInf;
     }
   });
-}
-
-template <class F>
-void for_dtype(const char* op, ScalarType type, const F& f) {  // f(a value of the type)
-  switch (type) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::Half: return f(Half{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    default: LT_CHECK(false, op, "expected fp16, bf16, fp32 or fp64 points");
-  }
-}
-
-template <class T>
-const T* data(const std::optional<Tensor>& t) {
-  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
 }
 
 template <class T>
@@ -144,8 +124,8 @@ void truncate(const Tensor& log_density, const Tensor& sqdist, const Tensor& ind
         rest = (rest < 0 ? 0 : rest) + 4 * n * wide * total;
       }
       const double log_last = distance[i * k + k - 1] / (double(h[i]) * h[i] * -2);
-      const double log_density = kept[i], lowest = std::numeric_limits<double>::lowest();
-      const double log_kept = (log_density < lowest ? lowest : log_density) + log_k;
+      const double density = kept[i], lowest = std::numeric_limits<double>::lowest();
+      const double log_kept = (density < lowest ? lowest : density) + log_k;
       out[i] = static_cast<W>((1 - rounding) * log_last - log_kept + rounding * std::abs(log_kept) + (std::log(rest) + slack));
     }
   });

@@ -14,8 +14,6 @@
 #include "pairwise_pcl.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -27,14 +25,13 @@
 #include "../common/check.h"
 #include "../common/cpu_memory.h"
 #include "../common/cpu_tasks.h"
+#include "../common/cpu_tensor.h"
 #include "cpu_loops.h"
 
 namespace ltkernels {
 namespace {
 
 using isa::kSpan, isa::kSub, isa::Wide;
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 constexpr int64_t kBlock = 256;            // rows and columns whose pulls are stored at one time: 256 KiB of float
 constexpr int64_t kSubs = kBlock / kSub;
@@ -400,30 +397,9 @@ class Contrast {
 
 using OptionalTensor = std::optional<Tensor>;
 
-ScalarType result_type(ScalarType input) { return input == ScalarType::Double ? input : ScalarType::Float; }
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-const T* data(const OptionalTensor& t) {
-  return t ? data<T>(*t) : nullptr;
-}
 template <class T>
 T* written(Tensor& t, bool asked) {
   return asked ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
-}
-
-template <class F>
-void dispatch(const char* op, ScalarType type, const F& f) {
-  switch (type) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::Half: return f(Half{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    default: LT_CHECK(false, op, "expected fp16, bf16, fp32 or fp64 tensors");
-  }
 }
 
 }  // namespace
@@ -434,7 +410,7 @@ Tensor pair_sqdist_cpu(const Tensor& x, const Tensor& y) {
   check_matrix("pair_sqdist", "x", x, b, d, x.scalar_type());
   check_matrix("pair_sqdist", "y", y, n, d, x.scalar_type());
   Tensor out = empty(result_type(x.scalar_type()), {b, n});
-  dispatch("pair_sqdist", x.scalar_type(), [&](auto zero) {
+  for_dtype("pair_sqdist", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     all_distances(data<T>(x), b, data<T>(y), n, d, written<Wide<T>>(out, true));
   });
@@ -468,7 +444,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pcl_rows_cpu(const Tensor& mu
   Tensor row = empty(answer, {b}), pairs = empty(ScalarType::Long, {b}), active = empty(answer, {margin ? b : 0});
   const auto gradient = [&](bool asked, int64_t rows) { return asked ? empty(answer, {rows, d}) : empty(answer, {0}); };
   Tensor mu_grad = gradient(grad, b), partner_grad = gradient(other_grad, n);
-  dispatch(op, type, [&](auto zero) {
+  for_dtype(op, type, [&](auto zero) {
     using T = decltype(zero);
     using W = Wide<T>;
     Problem<T> p{};

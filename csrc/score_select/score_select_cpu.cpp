@@ -8,8 +8,6 @@
 #include "score_select.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -19,14 +17,13 @@
 #include "../common/check.h"
 #include "../common/cpu_memory.h"
 #include "../common/cpu_tasks.h"
+#include "../common/cpu_tensor.h"
 #include "cpu_loops.h"
 
 namespace ltkernels {
 namespace {
 
 using isa::kChain, isa::kChunk, isa::kNone, isa::kTileCols, isa::kTileRows, isa::Wide;
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 constexpr int64_t kMaxRows = 64;             // rows of x that a worker takes at a time
 constexpr int64_t kPartials = 128 * 1024;    // of rows whose chunks are combined at one time
@@ -315,8 +312,6 @@ struct Inputs {
   const std::optional<Tensor>& log_prior;
 };
 
-ScalarType result_type(ScalarType input) { return input == ScalarType::Double ? input : ScalarType::Float; }
-
 void check(const char* op, const Inputs& in) {
   LT_CHECK(in.x.dim() == 2 && in.clean.dim() == 2, op, "x and clean must be matrices");
   const int64_t b = in.x.size(0), k = in.clean.size(0), d = in.clean.size(1);
@@ -331,17 +326,12 @@ void check(const char* op, const Inputs& in) {
 }
 
 template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
 Problem<T> given(const Inputs& in) {
   using W = Wide<T>;
   Problem<T> problem{};
   problem.x = data<T>(in.x), problem.clean = data<T>(in.clean);
   problem.scale = data<W>(in.scale), problem.std = data<W>(in.std);
-  problem.prior = in.log_prior ? data<W>(*in.log_prior) : nullptr;
+  problem.prior = data<W>(in.log_prior);
   problem.b = in.x.size(0), problem.k = in.clean.size(0), problem.d = in.clean.size(1);
   return problem;
 }
@@ -357,17 +347,6 @@ void select(const Inputs& in, Tensor* p, const Tensor* seed, int64_t row_offset,
   }
   problem.log_normalizer = static_cast<W*>(log_normalizer.mutable_data_ptr());
   if (problem.b > 0) Selection<T>(problem).run();
-}
-
-template <class F>
-void for_dtype(const char* op, ScalarType type, const F& f) {  // f(a value of the type)
-  switch (type) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::Half: return f(Half{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    default: LT_CHECK(false, op, "expected fp16, bf16, fp32 or fp64 tensors");
-  }
 }
 
 // The mean of every row under its p, of which kMeanChunk elements exist at a time.
