@@ -24,7 +24,10 @@ inline Tensor empty(ScalarType type, std::initializer_list<int64_t> shape) {
                                                        : aoti_torch_dtype_int64();
   AtenTensorHandle handle = nullptr;
   const int32_t device = aoti_torch_device_type_cpu();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.begin(), strides, dtype, device, 0, &handle));
+  const AOTITorchError error = aoti_torch_empty_strided(shape.size(), shape.begin(), strides, dtype, device, 0, &handle);
+  int64_t numbers = 1;
+  for (int64_t size : shape) numbers *= size;
+  LT_CHECK(error == 0, "ltkernels", "not enough memory for an answer of ", numbers, " numbers");  // torch's own words are on stderr
   return Tensor(handle);
 }
 
